@@ -1,0 +1,38 @@
+"""The recipe: one YAML file that serves every verb."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from rayft.config.adapter import Adapter
+from rayft.config.data import Data
+from rayft.config.evaluate import Evaluate
+from rayft.config.model import Model
+from rayft.config.scale import Scale
+from rayft.config.section import Section
+from rayft.config.train import Train
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+
+
+class Recipe(Section):
+    name: str = Field("run", pattern=NAME_PATTERN)
+    """(storage, name) identifies a run."""
+    storage: str = "runs"
+    """A folder that all nodes see, or a bucket (s3:// gs:// abfss://)."""
+    seed: int = Field(17, ge=0, lt=2**32)
+    model: Model
+    adapter: Adapter | None = None
+    """Absent = the weights themselves are trained."""
+    data: Data
+    train: Train = Train()
+    scale: Scale = Scale()
+    evaluate: Evaluate = Evaluate()
+    tune: dict[str, Any] | None = None
+    """Section of `rayft tune`, checked by that verb."""
+    federate: dict[str, Any] | None = None
+    """Section of `rayft federate`, checked by that verb."""
+    serve: dict[str, Any] | None = None
+    """Section of `rayft serve`, checked by that verb."""

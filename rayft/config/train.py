@@ -1,0 +1,83 @@
+"""``train:`` objective, batch, optimiser, schedule and what is watched. Names are those of `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rayft.config.section import Section
+
+
+class Trainable(Section):
+    """Which weights are trained when there is no adapter. Several keys add up."""
+
+    last_blocks: int | None = Field(None, ge=0)
+    """The last n transformer blocks, the final norm and the output head."""
+    patterns: list[str] = []
+    """Regular expressions searched in parameter names."""
+    bias: bool = False
+    """All bias terms (BitFit, arXiv 2106.10199)."""
+    add_bias: bool = False
+    """Give linear layers without a bias one that starts at zero; logits are unchanged at the start."""
+
+
+class Phase(Trainable):
+    """One phase of gradual unfreezing: from `start` on, these weights are trained."""
+
+    start: float = Field(0, ge=0)
+    """Optimiser step; below 1 a share of all steps."""
+
+
+class Train(Section):
+    objective: Literal["sft", "clm"] = "sft"
+    """sft: the supervised tokens of chats; clm: every token (continued pre-training)."""
+    epochs: float = Field(1, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps; overrides `epochs`."""
+    global_batch_size: int = Field(32, ge=1)
+    """Examples (bins with packing) per optimiser step over the whole cluster, whatever the number of workers."""
+    micro_batch_size: int | Literal["auto"] = "auto"
+    """Examples per forward pass on one device. Halves on out-of-memory; the result stays the same."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Default 2e-4 with an adapter, 1e-5 without."""
+    optim: str = "adamw_torch"
+    """Any `optim` of transformers, such as adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit, adafactor, sgd, lion_32bit."""
+    optim_args: str | None = None
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    warmup_steps: float = Field(0.03, ge=0)
+    """Below 1 = share of all steps."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the gradient's norm; 0 = no clipping."""
+    trainable: Trainable | list[Phase] | None = None
+    """Partial training: which weights, or a list of phases (gradual unfreezing). Null = all weights. Not with an adapter."""
+    l2_sp: float = Field(0.0, ge=0)
+    """Pull of full fine-tuning towards the start weights: adds l2_sp / 2 * |w - w0|^2 (arXiv 1802.01483)."""
+    loss_function: str | None = None
+    """`package.module:function` or `file.py:function` with (logits[N,V], targets[N], weights[N]) -> sum of the weighted token losses."""
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    use_liger_kernel: bool = False
+    tf32: bool = True
+    """Allow TF32 matmuls in fp32 on NVIDIA GPUs."""
+    dataloader_num_workers: int = Field(0, ge=0)
+    dataloader_prefetch_factor: int | None = None
+    dataloader_pin_memory: bool | None = None
+    """Default: on a GPU."""
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: float | None = Field(None, gt=0)
+    """Optimiser steps between evaluations; below 1 = share of all steps. Default: once per epoch."""
+    save_steps: float | None = Field(None, gt=0)
+    """Optimiser steps between checkpoints; below 1 = share of all steps. Default: ten per run."""
+    save_total_limit: int | None = Field(3, ge=1)
+    """Checkpoints kept; the best and the last are always among them."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Evaluations without a better validation loss before the run ends."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    on_divergence: Literal["stop", "rollback", "warn"] = "stop"
+    """NaN, inf or an exploding loss: end the run; go back to the last good checkpoint with half the rate; or go on."""
+    report_to: list[Literal["tensorboard", "mlflow", "wandb"]] = ["tensorboard"]
+    trainer_args: dict[str, Any] = {}
+    """Any further field of `transformers.TrainingArguments`; fields that would break a promise of rayft are refused by name."""
