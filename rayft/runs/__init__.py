@@ -1,0 +1,1 @@
+"""Run folders, storage and references to runs."""

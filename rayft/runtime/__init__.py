@@ -1,0 +1,1 @@
+"""The Ray session: connect, check before the start, submit jobs."""
