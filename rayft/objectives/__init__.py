@@ -1,0 +1,1 @@
+"""What is minimised. One file per objective; none of them knows of data, models' loading or Ray."""
