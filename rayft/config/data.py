@@ -53,14 +53,14 @@ class Data(Section):
     @field_validator("train", mode="before")
     @classmethod
     def _as_sources(cls, value: Any) -> Any:
-        return _sources(value)
+        return as_sources(value)
 
     @field_validator("validation", mode="before")
     @classmethod
     def _as_fraction_or_sources(cls, value: Any) -> Any:
         if value is None or isinstance(value, bool) or isinstance(value, int | float):
             return value
-        return _sources(value)
+        return as_sources(value)
 
     @field_validator("validation")
     @classmethod
@@ -70,7 +70,7 @@ class Data(Section):
         return value
 
 
-def _sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
     """A path, a mapping or a list of either, as a list of sources."""
     items = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]

@@ -28,6 +28,11 @@ class Scale(Section):
     env: list[str] = []
     """Names of environment variables that are passed to jobs and workers. Values are never saved."""
 
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
     @field_validator("workers")
     @classmethod
     def _bounds(cls, value: object) -> object:

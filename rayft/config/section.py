@@ -6,8 +6,11 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, attribute docstrings are the documentation of the keys."""
+    """A part of the recipe: unknown keys are refused, attribute docstrings are the documentation of the keys.
+
+    Strict, because lenient types hide mistakes: `rank: true` would be 1, and `learning_rate: "1e-4"` would pass as text.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, validate_default=True, validate_assignment=True
+        extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, validate_assignment=True
     )
