@@ -92,6 +92,7 @@ class Recorder:
             self._put(row)
         for event in sink.read_events():
             self._events.append((self._next(), event))
+        self._history = self._cursor
 
     def log(self, row: Row) -> None:
         """Keep the scalars of `row["step"]`.
@@ -164,14 +165,14 @@ class Recorder:
             return repeated
 
     def snapshot(self, since: int = 0) -> dict[str, Any]:
-        """What changed after cursor `since`: {cursor, step (the last, -1 = none), rows (by step), events (in order),
-        restarts, stop}."""
+        """What changed after cursor `since`: {cursor, step (the last, -1 = none), rows (by step), events (in order; those
+        of an earlier driver were shown by it and are left out), restarts (of the whole run), stop}."""
         with self._lock:
             return {
                 "cursor": self._cursor,
                 "step": self._last,
                 "rows": [self._rows[step] for step in sorted(self._rows) if self._changed[step] > since],
-                "events": [event for cursor, event in self._events if cursor > since],
+                "events": [event for cursor, event in self._events if cursor > max(since, self._history)],
                 "restarts": sum(event["kind"] == "restart" for _, event in self._events),
                 "stop": self._stop,
             }

@@ -77,6 +77,9 @@ def test_a_new_driver_continues_the_files(tmp_path: Path) -> None:
     assert [(row["step"], row["loss"]) for row in written(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40.0)]
     assert [event["kind"] for event in second.events()] == ["restart"]
     assert second.events()[0]["lost_steps"] == 2
+    third = recorder(tmp_path).snapshot(0)
+    assert [row["step"] for row in third["rows"]] == [1, 2, 3, 4]
+    assert third["events"] == [] and third["restarts"] == 1
 
 
 def test_a_torn_line_is_cut_before_the_next_row(tmp_path: Path) -> None:
