@@ -35,8 +35,8 @@ def convert(gguf: Path, folder: Path) -> None:
         except (OSError, ValueError, KeyError, IndexError, NotImplementedError, RuntimeError, struct.error) as error:
             hint = "give model.base a folder in Hugging Face layout"
             raise UsageError("R306", f"model.base: cannot read {gguf}: {error}", hint) from error
-        # save_pretrained takes the model for a quantised one as long as these two remember the GGUF file.
+        # save_pretrained takes the model for a quantised one as long as one of these remembers the GGUF file.
         model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
