@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rayft.config.section import Section
 
 AdapterMethod = Literal["lora", "adalora", "ia3", "oft", "prefix", "prompt", "p_tuning"]
+INITIALISATIONS = r"gaussian|orthogonal|olora|pissa|pissa_niter_\d+|loftq"
+"""Those that look at the data or at gradients first (eva, corda, lora_ga) are not among them."""
 
 
 class Adapter(Section):
@@ -26,14 +29,21 @@ class Adapter(Section):
     use_dora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool | str = True
-    """PEFT's initialisations: true, gaussian, pissa, pissa_niter_N, olora, loftq, eva, orthogonal."""
+    """PEFT's initialisations: true, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)
     """LoRA+ (arXiv 2402.12354): learning rate of B over that of A."""
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field(default_factory=list)
     """Modules trained in full and saved beside the adapter."""
     num_virtual_tokens: int = Field(20, ge=1)
     """Length of the learned prefix or prompt (prefix, prompt, p_tuning)."""
     init_from: str | None = None
     """`run:NAME` or an adapter folder to continue from."""
-    peft_args: dict[str, Any] = {}
+    peft_args: dict[str, Any] = Field(default_factory=dict)
     """Any further argument of the PEFT config of this method, checked against its signature."""
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_initialisation(cls, value: object) -> object:
+        if isinstance(value, str) and not re.fullmatch(INITIALISATIONS, value):
+            raise ValueError("allowed are true, gaussian, orthogonal, olora, pissa, pissa_niter_N and loftq")
+        return value

@@ -71,10 +71,10 @@ TABLE: tuple[Row, ...] = (
         "train.gradient_checkpointing=false"),
     # Quantisation and sharding
     Row({"model.quantization": "int8", "scale.strategy": "zero3"},
-        "ZeRO-3 shards the int8 weights apart from their scales, and the loss comes out wrong (bitsandbytes issue 1451)",
+        "ZeRO-3 shards int8 weights apart from their scales, and the loss comes out wrong (bitsandbytes 1451)",
         "scale.strategy=zero2, or model.quantization=nf4 with zero2"),
     Row({"model.quantization": ("nf4", "fp4"), "scale.strategy": "zero3"},
-        "each worker loads the whole model before it is sharded, and the saved adapter can be empty (DeepSpeed issue 7900)",
+        "each worker loads the whole model before it is sharded, and an adapter can be saved empty (DeepSpeed 7900)",
         "scale.strategy=zero2 or ddp"),
     Row({"model.quantization": _BNB, "scale.strategy": "fsdp"},
         "FSDP shards tensors of one number format, and quantised weights are bytes beside floating-point scales",
@@ -96,7 +96,7 @@ TABLE: tuple[Row, ...] = (
         "LoftQ quantises the weights itself and must see them in full precision",
         "model.quantization=null"),
     Row({"adapter.init_lora_weights": ("pissa", "olora"), "model.quantization": SET},
-        "the base would be quantised anew without its main directions, and the saved adapter would not fit the stock base",
+        "the base is quantised anew without its main directions, and the saved adapter would not fit the stock base",
         "model.quantization=null, or adapter.init_lora_weights=true"),
     Row({"adapter.init_lora_weights": "not default", "adapter.init_from": SET},
         "the adapter starts from the given one, so an initialisation would be thrown away",
@@ -219,7 +219,7 @@ def _unused(adapter: Adapter) -> list[str]:
     """Keys of the adapter section that its method would ignore in silence."""
     found = []
     for key in UNUSED[adapter.method]:
-        value, default = getattr(adapter, key), Adapter.model_fields[key].default
+        value, default = getattr(adapter, key), Adapter.model_fields[key].get_default(call_default_factory=True)
         if value != default:
             found.append(
                 f"adapter.{key}={json.dumps(value)} with adapter.method={adapter.method}: "

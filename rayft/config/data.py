@@ -15,7 +15,7 @@ class Source(Section):
     path: str
     """JSONL, JSON, CSV, Parquet or Arrow file, a folder or glob of such files, a bucket URI, or a Hub data set."""
     format: DataFormat = "auto"
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> their column, or a template string such as `"Summarize: {text}"`.
     Names: messages, tools, system, prompt, completion, instruction, input, output, conversations, text."""
     split: str = "train"
@@ -45,10 +45,10 @@ class Data(Section):
     """Loss weight of the tokens that are not supervised otherwise."""
     chat_template: str | None = None
     """Jinja text or the path of a file; the tokenizer's own template by default. Saved with the run."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the template, such as `enable_thinking`. Saved with the run."""
     function: str | None = None
-    """`package.module:function` or `file.py:function`: row -> row, or None to drop it; runs before the format is read."""
+    """`package.module:function` or `file.py:function`: row -> row, or None to drop it; before the format is read."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -58,7 +58,7 @@ class Data(Section):
     @field_validator("validation", mode="before")
     @classmethod
     def _as_fraction_or_sources(cls, value: Any) -> Any:
-        if value is None or isinstance(value, bool) or isinstance(value, int | float):
+        if value is None or isinstance(value, bool | int | float):
             return value
         return as_sources(value)
 

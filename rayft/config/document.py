@@ -1,4 +1,4 @@
-"""A recipe as plain data: YAML 1.2 read with line numbers, overrides put on top. Nothing is checked here but the syntax."""
+"""A recipe as plain data: YAML 1.2 with its line numbers, overrides on top. Nothing is checked here but the syntax."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError, RoundTripConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.scalarbool import ScalarBoolean
@@ -45,7 +46,7 @@ class Document:
         if tree is None:
             return cls()
         if not isinstance(tree, dict):
-            raise UsageError("R102", f"{name} holds {_kind(tree)}; a recipe is a mapping such as `model: {{base: ...}}`")
+            raise UsageError("R102", f"{name} holds {_kind(tree)}; a recipe is a mapping: `model: {{base: ...}}`")
         places: dict[str, str] = {}
         return cls(_plain(tree, name, "", places), places)
 
@@ -57,7 +58,7 @@ class Document:
         path, equals, value = text.partition("=")
         parts = path.strip().split(".")
         if not equals or not all(parts):
-            raise UsageError("R103", f"override {text!r} is not key=value", "write for example train.learning_rate=1e-4")
+            raise UsageError("R103", f"override {text!r} is not key=value", "for example train.learning_rate=1e-4")
         parsed = _plain(parse_yaml(value, f"the value of override {path!r}", id="R103"), "override", path.strip(), {})
         if parts[0] == "data" and parts[2:3] and parts[2].isdigit():
             self._list_sources(parts[1])
@@ -66,7 +67,7 @@ class Document:
             here = ".".join(parts[:depth])
             if isinstance(node, list):
                 if not part.isdigit() or int(part) >= len(node):
-                    raise UsageError("R103", f"override {text!r}: {here} is a list of {len(node)}, there is no item {part!r}")
+                    raise UsageError("R103", f"override {text!r}: {here} has {len(node)} items and no {part!r}")
             elif not isinstance(node, dict):
                 raise UsageError("R103", f"override {text!r}: {here} is {_kind(node)} and has no keys below it")
             step: Any = int(part) if isinstance(node, list) else part
@@ -129,7 +130,7 @@ def plain(value: Any) -> Any:
 
 def _plain(node: Any, name: str, path: str, places: dict[str, str]) -> Any:
     """ruamel's tree as plain dict, list, str, int, float, bool, None; `places` collects the lines."""
-    if isinstance(node, dict):
+    if isinstance(node, CommentedMap):
         result = {}
         for key, item in node.items():
             below = f"{path}.{key}" if path else str(key)
@@ -137,7 +138,7 @@ def _plain(node: Any, name: str, path: str, places: dict[str, str]) -> Any:
                 places[below] = f"{name} line {node.lc.key(key)[0] + 1}"
             result[str(key)] = _plain(item, name, below, places)
         return result
-    if isinstance(node, list):
+    if isinstance(node, CommentedSeq):
         for index in range(len(node)):
             places[f"{path}.{index}"] = f"{name} line {node.lc.item(index)[0] + 1}"
         return [_plain(item, name, f"{path}.{index}", places) for index, item in enumerate(node)]

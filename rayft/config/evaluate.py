@@ -8,8 +8,8 @@ from rayft.config.section import Section
 
 
 class Evaluate(Section):
-    metrics: list[str] = []
-    """Metrics on generated answers: exact_match, or `package.module:function` with (predictions, references) -> float."""
+    metrics: list[str] = Field(default_factory=list)
+    """On generated answers: exact_match, or `package.module:function` with (predictions, references) -> float."""
     samples: int = Field(3, ge=0)
     """Generations shown at every evaluation."""
     limit: int | None = Field(None, ge=1)

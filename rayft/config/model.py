@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from rayft.config.section import Section
 
 
@@ -23,5 +25,5 @@ class Model(Section):
     """Attention kernel. `auto`: flash_attention_2 where installed and on a GPU, else sdpa."""
     trust_remote_code: bool = False
     """Run Python code that a model repository brings along."""
-    add_tokens: list[str] = []
-    """New tokens: embeddings are resized, the rows start at the mean, and only those rows are trained under an adapter."""
+    add_tokens: list[str] = Field(default_factory=list)
+    """New tokens: embeddings grow, the new rows start at the mean, and under an adapter only those rows are trained."""

@@ -70,8 +70,8 @@ _Representer.add_representer(type(None), lambda self, value: self.represent_scal
 def resolve(recipe: Recipe, user: dict[str, Any]) -> Resolved:
     """Fill in what follows from other keys. `user` is the plain data that the user wrote.
 
-    Derived: `train.learning_rate`; `data.train_on: all` for clm; `data.padding_free: false` for methods that put virtual
-    tokens in front of each row. Raises UsageError R109 for a relative storage inside a Ray job.
+    Derived: `train.learning_rate`; `data.train_on: all` for clm; `data.padding_free: false` for methods that put
+    virtual tokens in front of each row. Raises UsageError R109 for a relative storage inside a Ray job.
     """
     written = {path for path, _ in leaves(_with_source_lists(user))}
     values: dict[str, Any] = {}
@@ -124,8 +124,8 @@ def _with_source_lists(user: dict[str, Any]) -> dict[str, Any]:
     data = user.get("data")
     if not isinstance(data, dict):
         return user
-    long = {key: as_sources(data[key]) for key in ("train", "validation") if isinstance(data.get(key), str | dict | list)}
-    return {**user, "data": {**data, **long}}
+    short = {key: data[key] for key in ("train", "validation") if isinstance(data.get(key), str | dict | list)}
+    return {**user, "data": {**data, **{key: as_sources(value) for key, value in short.items()}}}
 
 
 def _make_paths_absolute(plain: dict[str, Any]) -> None:

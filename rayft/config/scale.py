@@ -20,12 +20,12 @@ class Scale(Section):
     """ZeRO: keep optimiser state (and with zero3 the weights) in host memory."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """CPU cores and computing threads per worker. Default: 1 on CPU, the node's cores over its GPUs on GPU."""
-    resources_per_worker: dict[str, float] = {}
+    resources_per_worker: dict[str, float] = Field(default_factory=dict)
     """Further Ray resources that a worker needs, such as `{"accelerator_type:A100": 0.001}`."""
     max_failures: int = Field(3, ge=-1)
     """Worker deaths and repeated errors after which the run fails; -1 = never. An error at the same step as the one
     before is never retried."""
-    env: list[str] = []
+    env: list[str] = Field(default_factory=list)
     """Names of environment variables that are passed to jobs and workers. Values are never saved."""
 
     @field_validator("workers", mode="before")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, attribute docstrings are the documentation of the keys.
 
-    Strict, because lenient types hide mistakes: `rank: true` would be 1, and `learning_rate: "1e-4"` would pass as text.
+    Strict, because lenient types hide mistakes: `rank: true` would be 1, and `epochs: "2"` would pass as a number.
     """
 
     model_config = ConfigDict(

@@ -1,12 +1,14 @@
-"""``train:`` objective, batch, optimiser, schedule and what is watched. Names are those of `transformers.TrainingArguments`."""
+"""``train:`` objective, batch, optimiser, schedule and what is watched, named as in transformers' TrainingArguments."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from rayft.config.section import Section
+
+Tracker = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class Trainable(Section):
@@ -14,12 +16,20 @@ class Trainable(Section):
 
     last_blocks: int | None = Field(None, ge=0)
     """The last n transformer blocks, the final norm and the output head."""
-    patterns: list[str] = []
+    patterns: list[str] = Field(default_factory=list)
     """Regular expressions searched in parameter names."""
     bias: bool = False
     """All bias terms (BitFit, arXiv 2106.10199)."""
     add_bias: bool = False
     """Give linear layers without a bias one that starts at zero; logits are unchanged at the start."""
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> Self:
+        if self.last_blocks is None and not self.patterns and not self.bias:
+            raise ValueError("no weights would be trained; give last_blocks, patterns or bias")
+        if self.add_bias and not self.bias:
+            raise ValueError("add_bias gives biases that stay at zero unless bias is true too")
+        return self
 
 
 class Phase(Trainable):
@@ -42,21 +52,22 @@ class Train(Section):
     learning_rate: float | None = Field(None, gt=0)
     """Default 2e-4 with an adapter, 1e-5 without."""
     optim: str = "adamw_torch"
-    """Any `optim` of transformers, such as adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit, adafactor, sgd, lion_32bit."""
+    """Any `optim` of transformers: adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit, adafactor, sgd, lion_32bit, ..."""
     optim_args: str | None = None
     lr_scheduler_type: str = "cosine"
-    lr_scheduler_kwargs: dict[str, Any] = {}
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     warmup_steps: float = Field(0.03, ge=0)
     """Below 1 = share of all steps."""
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient's norm; 0 = no clipping."""
     trainable: Trainable | list[Phase] | None = None
-    """Partial training: which weights, or a list of phases (gradual unfreezing). Null = all weights. Not with an adapter."""
+    """Which weights, or phases of them (gradual unfreezing). Null = all weights. Not with an adapter."""
     l2_sp: float = Field(0.0, ge=0)
     """Pull of full fine-tuning towards the start weights: adds l2_sp / 2 * |w - w0|^2 (arXiv 1802.01483)."""
     loss_function: str | None = None
-    """`package.module:function` or `file.py:function` with (logits[N,V], targets[N], weights[N]) -> sum of the weighted token losses."""
+    """`package.module:function` or `file.py:function`.
+    Takes (logits[N,V], targets[N], weights[N]) and returns the sum of the weighted token losses."""
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     use_liger_kernel: bool = False
@@ -78,6 +89,15 @@ class Train(Section):
     early_stopping_threshold: float = Field(0.0, ge=0)
     on_divergence: Literal["stop", "rollback", "warn"] = "stop"
     """NaN, inf or an exploding loss: end the run; go back to the last good checkpoint with half the rate; or go on."""
-    report_to: list[Literal["tensorboard", "mlflow", "wandb"]] = ["tensorboard"]
-    trainer_args: dict[str, Any] = {}
-    """Any further field of `transformers.TrainingArguments`; fields that would break a promise of rayft are refused by name."""
+    report_to: list[Tracker] = Field(default_factory=lambda: list[Tracker](["tensorboard"]))
+    trainer_args: dict[str, Any] = Field(default_factory=dict)
+    """Any further field of `transformers.TrainingArguments`; fields that would break a promise are refused by name."""
+
+    @field_validator("trainable")
+    @classmethod
+    def _phases_in_order(cls, value: object) -> object:
+        if isinstance(value, list):
+            starts = [phase.start for phase in value]
+            if not starts or starts[0] != 0 or starts != sorted(set(starts)):
+                raise ValueError("phases start at 0 and each later than the one before")
+        return value

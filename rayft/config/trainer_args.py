@@ -1,7 +1,7 @@
 """Arguments that may not pass through `train.trainer_args` and `adapter.peft_args`, because they would break a promise.
 
-Everything else passes. Whether such a name exists at all is checked against the library's own signature where the library
-is imported anyway: `check_names` is for that place.
+Everything else passes. Whether such a name exists at all is checked against the library's own signature where the
+library is imported anyway: `check_names` is for that place.
 """
 
 from __future__ import annotations
@@ -141,6 +141,20 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str], library:
     for name in given:
         if name not in choices:
             near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-            lines.append(f"{where}.{name}: {library} has no such argument" + (f"; did you mean {near[0]}?" if near else ""))
+            meant = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{where}.{name}: {library} has no such argument{meant}")
     if lines:
         raise UsageError("R108", "\n  ".join(lines))
+
+
+def check_value(key: str, given: str, known: Iterable[str], library: str) -> None:
+    """Check a value such as `train.optim` against the names that a library has.
+
+    Raises UsageError R105 with the nearest name.
+    """
+    choices = sorted(known)
+    if given in choices:
+        return
+    near = difflib.get_close_matches(given, choices, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else None
+    raise UsageError("R105", f"{key}: given {given!r}, {library} allows: {', '.join(choices)}", hint)

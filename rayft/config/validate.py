@@ -1,4 +1,4 @@
-"""From plain data to a `Recipe`, or one message that lists every problem with the key, what was given and what is allowed."""
+"""From plain data to a `Recipe`, or one message: every problem with its key, what was given and what is allowed."""
 
 from __future__ import annotations
 
@@ -62,17 +62,14 @@ def _problems(error: ValidationError, document: Document) -> list[Problem]:
     return sorted(problems, key=lambda problem: problem.id == "R106")
 
 
-def _path_in(data: Any, location: tuple[Part, ...], missing: bool) -> tuple[Part, ...]:
+def _path_in(node: Any, location: tuple[Part, ...], missing: bool) -> tuple[Part, ...]:
     """The part of a pydantic location that lies in the data, without the names of union members."""
     parts: list[Part] = []
-    last = location[-1] if missing else None
     for part in location[:-1] if missing else location:
-        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+        if part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int):
             parts.append(part)
-            data = data[part]
-    if last is not None:
-        parts.append(last)
-    return tuple(parts)
+            node = node[part]
+    return (*parts, location[-1]) if missing else tuple(parts)
 
 
 def _problem(parts: tuple[Part, ...], kind: str, item: Any, document: Document) -> Problem:
@@ -85,7 +82,7 @@ def _problem(parts: tuple[Part, ...], kind: str, item: Any, document: Document) 
     if kind == "extra_forbidden":
         return Problem("R104", f"{where}: unknown key, given {given(item['input'])}. {advice(parts)}")
     if kind == "value_error":
-        return Problem("R105", f"{where}: given {given(item['input'])}, but {str(item['ctx']['error'])}")
+        return Problem("R105", f"{where}: given {given(item['input'])}, but {item['ctx']['error']}")
     return Problem("R105", f"{where}: given {given(_value(document.data, parts))}, allowed: {allowed_at(parts)}")
 
 
@@ -96,14 +93,14 @@ def _value(data: Any, parts: tuple[Part, ...]) -> Any:
 
 
 def given(value: Any) -> str:
-    """A value as the user sees it in YAML, shortened; text that looks like a number or a truth value says that it is text."""
+    """A value as the user sees it in YAML, shortened. Text says that it is text: `"1e-4"` is not a number."""
     text = json.dumps(value, default=str)
     text = text if len(text) <= 60 else text[:57] + "..."
     return f"{text} (text)" if isinstance(value, str) else text
 
 
 def advice(parts: tuple[Part, ...]) -> str:
-    """What an unknown key was probably meant to be: another library's name, a misspelling, or a key of another section."""
+    """What an unknown key was meant to be: another library's name, a misspelling, or a key of another section."""
     path = ".".join(map(str, parts))
     name = str(parts[-1])
     entry = synonym(path)
