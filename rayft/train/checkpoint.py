@@ -1,0 +1,86 @@
+"""Which checkpoint a worker continues from, and its conversion when the number of ZeRO workers changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from filelock import FileLock
+
+from rayft.errors import RunFailed
+from rayft.runs import manifest
+
+FACTS = "rayft.json"
+"""Inside a checkpoint: step, workers, strategy and the state of what watches the run."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt starts: `folder` None = from scratch. `skipped`: damaged checkpoints passed over, with reasons."""
+
+    folder: str | None
+    facts: dict[str, Any]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        return int(self.facts.get("step", 0))
+
+
+def choose(candidates: Iterable[str], before: int | None = None) -> Start:
+    """The first candidate (newest first) that is whole and, where `before` is given, of an earlier step."""
+    skipped = []
+    for folder in candidates:
+        problems = manifest.verify(folder)
+        if problems or not os.path.isfile(os.path.join(folder, FACTS)):
+            skipped.append(f"{os.path.basename(folder)}: {'; '.join(problems[:3]) or f'no {FACTS}'}")
+            continue
+        with open(os.path.join(folder, FACTS)) as file:
+            facts = json.load(file)
+        if before is None or facts["step"] < before:
+            return Start(folder, facts, tuple(skipped))
+    return Start(None, {}, tuple(skipped))
+
+
+def universal(start: Start, workers: int, scratch: str, stage: int) -> str | None:
+    """A ZeRO checkpoint that another number of workers wrote, in DeepSpeed's universal format; None if not needed.
+
+    One process per node converts, the others wait for it. Raises RunFailed R611 when DeepSpeed's converter fails.
+    """
+    if start.folder is None or start.facts["workers"] == workers:
+        return None
+    target = os.path.join(scratch, f"universal-{os.path.basename(start.folder)}")
+    with FileLock(f"{target}.lock"):
+        if not os.path.isdir(target):
+            _convert(start.folder, target, stage)
+    return target
+
+
+def _convert(source: str, target: str, stage: int) -> None:
+    building = f"{target}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    # The engine's own files (adapter, scheduler, trainer state) stay beside the converted optimiser states.
+    shutil.copytree(source, building, ignore=shutil.ignore_patterns("global_step*"))
+    with open(os.path.join(source, "latest")) as file:
+        tag = file.read().strip()
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", os.path.join(source, tag), "--output_folder", os.path.join(building, f"{tag}_universal")]
+    if stage < 3:
+        command.append("--inject_missing_state")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RunFailed(
+            "R611",
+            f"the ZeRO checkpoint {source} could not be converted for another number of workers: {done.stderr[-800:]}",
+            "resume with the number of workers that wrote it",
+        )
+    for name in ("latest", "latest_universal"):
+        with open(os.path.join(building, name), "w") as file:
+            file.write(f"{tag}_universal")
+    os.replace(building, target)

@@ -1,0 +1,107 @@
+"""How the weights and the optimiser are spread: DDP, ZeRO or FSDP, as arguments of the Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import TrainingArguments
+
+from rayft.config.recipe import Recipe
+from rayft.errors import UsageError
+from rayft.train.schedule import StepSchedule
+
+ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+def training_arguments(
+    recipe: Recipe,
+    schedule: StepSchedule,
+    *,
+    folder: str,
+    dtype: str,
+    device: str,
+    micro_batch_size: int,
+    micro_steps: int,
+    validation: bool,
+    universal: bool = False,
+) -> TrainingArguments:
+    """The Trainer's arguments for one worker.
+
+    folder: local scratch of this worker. dtype: "bf16", "fp16" or "fp32", resolved. device: "cpu" or "gpu".
+    universal: a ZeRO checkpoint of another number of workers, converted, is about to be loaded.
+    Raises UsageError R610 for a name in `train.trainer_args` that transformers does not know.
+    """
+    train = recipe.train
+    zero = ZERO_STAGE.get(recipe.scale.strategy)
+    arguments: dict[str, Any] = {
+        "output_dir": folder,
+        "seed": recipe.seed,
+        "max_steps": schedule.total_steps,
+        "per_device_train_batch_size": micro_batch_size,
+        "gradient_accumulation_steps": micro_steps,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": train.optim,
+        "optim_args": train.optim_args,
+        "bf16": dtype == "bf16",
+        "fp16": dtype == "fp16",
+        "activation_checkpointing": train.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
+        "torch_compile": train.torch_compile,
+        "tf32": train.tf32 if device == "gpu" else None,
+        "use_liger_kernel": train.use_liger_kernel,
+        "logging_steps": train.logging_steps,
+        "logging_nan_inf_filter": False,  # a NaN is what the watch looks for
+        "eval_strategy": "steps" if validation else "no",
+        "eval_steps": schedule.every(train.eval_steps, schedule.steps_per_epoch) if validation else None,
+        "metric_for_best_model": "loss" if validation else None,
+        "greater_is_better": False if validation else None,
+        "save_strategy": "steps",
+        "save_steps": schedule.every(train.save_steps, schedule.total_steps // 10),
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu" and zero is None,
+        "ddp_find_unused_parameters": isinstance(train.trainable, list),  # phases leave weights without gradient
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+    }
+    if zero is not None:
+        arguments["deepspeed"] = deepspeed_config(zero, offload=recipe.scale.offload, dtype=dtype, universal=universal)
+    if recipe.scale.strategy == "fsdp":
+        arguments |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
+    known = set(inspect.signature(TrainingArguments).parameters)
+    if unknown := sorted(set(train.trainer_args) - known):
+        raise UsageError(
+            "R610", f"train.trainer_args: transformers.TrainingArguments has no field {', '.join(unknown)}"
+        )
+    return TrainingArguments(**(arguments | train.trainer_args))
+
+
+def deepspeed_config(stage: int, *, offload: bool, dtype: str, universal: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration; "auto" values are filled in by transformers from the arguments above."""
+    host = {"device": "cpu", "pin_memory": True}
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    if offload:
+        zero["offload_optimizer"] = host
+        if stage == 3:
+            zero["offload_param"] = host
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16"},
+        "zero_allow_untested_optimizer": True,
+        # Every worker keeps its shards in its own scratch folder; the report merges them in storage.
+        "checkpoint": {"use_node_local_storage": True, "load_universal": universal},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,177 @@
+"""Hugging Face's Trainer with the step plan, the loss normalisation and the evaluation of rayft."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from rayft.config.recipe import Recipe
+from rayft.models import adapters
+from rayft.train.control import ClusterCallback
+from rayft.train.schedule import StepSchedule
+
+RAW_FOLDER = "resume"
+"""Inside a checkpoint: the adapter as it is trained, where the exported one is a conversion of it (PiSSA and the like)."""
+
+
+class OutOfMemory(Exception):
+    """The device had too little memory for one micro-batch at `step`. `detail` is the allocator's own message."""
+
+    def __init__(self, step: int, detail: str) -> None:
+        super().__init__(step, detail)
+        self.step, self.detail = step, detail
+
+
+class RayftTrainer(Trainer):
+    """The Trainer, except for four things.
+
+    The loader yields our micro-batches in the order of the step plan. The loss of a micro-batch is the sum of weight x
+    token loss over the *global* step's sum of weights, which every worker knows from the plan. Evaluation sums over
+    all workers and never gathers logits. Checkpoints hold the stock export of the model.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        schedule: StepSchedule,
+        loader: DataLoader[Any],
+        validation: Callable[[], Iterator[dict[str, torch.Tensor]]] | None,
+        penalty: Callable[[], torch.Tensor | None],
+        control: ClusterCallback,
+        learning_rate_scale: float = 1.0,
+        **arguments: Any,
+    ) -> None:
+        """validation: a fresh pass over this worker's validation batches. penalty: scalar added to the global loss, or
+        None. control: is told each row of training scalars."""
+        super().__init__(**arguments)
+        self.recipe, self.schedule, self.loader, self.validation = recipe, schedule, loader, validation
+        self.penalty, self.cluster, self.learning_rate_scale = penalty, control, learning_rate_scale
+        self.model_accepts_loss_kwargs = False  # the loss is ours: nothing of the Trainer's is passed into the model
+
+    # What is fed in
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        return self.loader
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        return len(self.schedule.lengths)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        with self.cluster.speed.data():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        return None  # the plan knows it
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Share of this micro-batch in the global step's loss, times the workers, since gradients are averaged."""
+        outputs = model(**inputs)
+        loss = outputs["loss"] * (self.args.world_size / self.schedule.weight(self.state.global_step))
+        penalty = self.penalty()
+        if penalty is not None:
+            loss = loss + penalty / self.args.gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        try:
+            return super().training_step(*args, **kwargs)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            raise_out_of_memory(error, self.state.global_step)
+            raise
+
+    # The optimiser
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """LoRA+ has parameter groups of its own; the Trainer makes all others."""
+        target = self.model if model is None else model
+        groups = adapters.optimizer_groups(target, self.recipe)
+        if self.optimizer is None and groups is not None:
+            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = kind(groups, **arguments)
+        return super().create_optimizer(model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.learning_rate_scale != 1.0:
+            scale_learning_rate(self.lr_scheduler, self.learning_rate_scale)
+
+    # Rows
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training scalars go to the run's recorder; the Trainer's own summary at the end does not."""
+        super().log(logs, start_time)
+        if "loss" in logs:
+            with self.cluster.speed.report():
+                self.cluster.on_train_log(self.state.global_step, logs)
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Validation loss: sum of weight x token loss over the sum of weights, over all workers. fp64 sums."""
+        assert self.validation is not None
+        with self.cluster.speed.pause():
+            metrics = self._validation_loss(self.validation())
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _validation_loss(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, float]:
+        model = self.model_wrapped
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in batches:
+                inputs = self._prepare_inputs(batch)
+                sums[0] += model(**inputs)["loss"].double()
+                sums[1] += inputs["loss_weights"].double().sum()
+        model.train()
+        if self.args.world_size > 1:
+            dist.all_reduce(sums)
+        return {"eval_loss": float(sums[0] / sums[1])}
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Stock adapter or model with its tokenizer; beside it the raw adapter where the export converts it."""
+        if not self.args.should_save:
+            return
+        folder = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        adapters.save(model, folder, self.processing_class, state_dict=state_dict)
+        if adapters.export_converts(self.recipe):
+            model.save_pretrained(os.path.join(folder, RAW_FOLDER), state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        raw = os.path.join(resume_from_checkpoint, RAW_FOLDER)
+        super()._load_from_checkpoint(raw if os.path.isdir(raw) else resume_from_checkpoint, model)
+
+
+def raise_out_of_memory(error: BaseException, step: int) -> None:
+    """Turn an allocator's error into OutOfMemory; return for any other error."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower():
+        raise OutOfMemory(step, text.splitlines()[0][:300]) from error
+
+
+def scale_learning_rate(scheduler: Any, scale: float) -> None:
+    """Multiply the peak learning rate of a loaded schedule (after a rollback)."""
+    scheduler.base_lrs = [rate * scale for rate in scheduler.base_lrs]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+        group["lr"] = rate
