@@ -26,8 +26,11 @@ class Adapter(Section):
     target_modules: str | list[str] = "all-linear"
     """`all-linear` (without the head), `attention`, `mlp`, a list of module-name suffixes, or a regular expression."""
     use_rslora: bool = False
+    """Scale by alpha / sqrt(rank), which keeps high ranks stable (arXiv 2312.03732)."""
     use_dora: bool = False
+    """Learn the length of each weight column apart from its direction (DoRA, arXiv 2402.09353)."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Which bias terms of the base are trained too."""
     init_lora_weights: bool | str = True
     """PEFT's initialisations: true, gaussian, orthogonal, olora, pissa, pissa_niter_N, loftq."""
     loraplus_lr_ratio: float | None = Field(None, gt=0)

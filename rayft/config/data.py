@@ -15,6 +15,7 @@ class Source(Section):
     path: str
     """JSONL, JSON, CSV, Parquet or Arrow file, a folder or glob of such files, a bucket URI, or a Hub data set."""
     format: DataFormat = "auto"
+    """Shape of the rows; `auto` looks at the columns."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> their column, or a template string such as `"Summarize: {text}"`.
     Names: messages, tools, system, prompt, completion, instruction, input, output, conversations, text."""
@@ -50,12 +51,14 @@ class Data(Section):
     function: str | None = None
     """`package.module:function` or `file.py:function`: row -> row, or None to drop it; before the format is read."""
 
-    @field_validator("train", mode="before")
+    @field_validator("train", mode="before", json_schema_input_type=str | Source | list[str | Source])
     @classmethod
     def _as_sources(cls, value: Any) -> Any:
         return as_sources(value)
 
-    @field_validator("validation", mode="before")
+    @field_validator(
+        "validation", mode="before", json_schema_input_type=float | str | Source | list[str | Source] | None
+    )
     @classmethod
     def _as_fraction_or_sources(cls, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float):

@@ -15,4 +15,6 @@ class Evaluate(Section):
     limit: int | None = Field(None, ge=1)
     """At most this many examples are generated for `metrics`; the validation loss always takes all of them."""
     max_new_tokens: int = Field(128, ge=1)
+    """Longest generated answer, in tokens."""
     batch_size: int = Field(16, ge=1)
+    """Prompts generated at once."""

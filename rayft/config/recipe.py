@@ -23,6 +23,7 @@ class Recipe(Section):
     storage: str = "runs"
     """A folder that all nodes see, or a bucket (s3:// gs:// abfss://)."""
     seed: int = Field(17, ge=0, lt=2**32)
+    """Decides the order of the examples, the validation split, the adapter's start and dropout."""
     model: Model
     adapter: Adapter | None = None
     """Absent = the weights themselves are trained."""

@@ -14,6 +14,7 @@ class Scale(Section):
     """Number of training processes; `auto` takes what the cluster has; 0 runs in this process without Ray
     (for a debugger); `[min, max]` is elastic."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto`: GPUs where the cluster has some."""
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = "ddp"
     """DDP, DeepSpeed ZeRO stage 1, 2 or 3, or FSDP (accelerators only)."""
     offload: bool = False
@@ -28,7 +29,7 @@ class Scale(Section):
     env: list[str] = Field(default_factory=list)
     """Names of environment variables that are passed to jobs and workers. Values are never saved."""
 
-    @field_validator("workers", mode="before")
+    @field_validator("workers", mode="before", json_schema_input_type=int | Literal["auto"] | tuple[int, int])
     @classmethod
     def _pair(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value

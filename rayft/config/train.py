@@ -43,6 +43,7 @@ class Train(Section):
     objective: Literal["sft", "clm"] = "sft"
     """sft: the supervised tokens of chats; clm: every token (continued pre-training)."""
     epochs: float = Field(1, gt=0)
+    """Passes over the training data; a fraction is allowed."""
     max_steps: int | None = Field(None, ge=1)
     """Optimiser steps; overrides `epochs`."""
     global_batch_size: int = Field(32, ge=1)
@@ -52,13 +53,17 @@ class Train(Section):
     learning_rate: float | None = Field(None, gt=0)
     """Default 2e-4 with an adapter, 1e-5 without."""
     optim: str = "adamw_torch"
-    """Any `optim` of transformers: adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit, adafactor, sgd, lion_32bit, ..."""
+    """Any `optim` of transformers, such as adamw_torch_fused, adamw_bnb_8bit, paged_adamw_8bit, adafactor, sgd."""
     optim_args: str | None = None
+    """Arguments of the optimiser: `key=value,key=value`."""
     lr_scheduler_type: str = "cosine"
+    """Any `lr_scheduler_type` of transformers: linear, constant, cosine_with_restarts, cosine_with_min_lr, ...."""
     lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the schedule, such as `{min_lr_rate: 0.1}` or `{num_cycles: 3}`."""
     warmup_steps: float = Field(0.03, ge=0)
-    """Below 1 = share of all steps."""
+    """Optimiser steps with a rising learning rate; below 1 a share of all steps."""
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay; biases and norms are left out."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the gradient's norm; 0 = no clipping."""
     trainable: Trainable | list[Phase] | None = None
@@ -69,15 +74,21 @@ class Train(Section):
     """`package.module:function` or `file.py:function`.
     Takes (logits[N,V], targets[N], weights[N]) and returns the sum of the weighted token losses."""
     gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     torch_compile: bool = False
+    """Compile the model with torch.compile."""
     use_liger_kernel: bool = False
+    """Triton kernels of the package liger-kernel, where it is installed; needs a GPU."""
     tf32: bool = True
     """Allow TF32 matmuls in fp32 on NVIDIA GPUs."""
     dataloader_num_workers: int = Field(0, ge=0)
-    dataloader_prefetch_factor: int | None = None
+    """Processes that read examples ahead, per training process; 0 reads in the training process."""
+    dataloader_prefetch_factor: int | None = Field(None, ge=1)
+    """Micro-batches that each of those processes reads ahead. Default: 2."""
     dataloader_pin_memory: bool | None = None
-    """Default: on a GPU."""
+    """Copy through page-locked memory. Default: on a GPU."""
     logging_steps: int = Field(1, ge=1)
+    """Optimiser steps between lines of metrics.jsonl."""
     eval_steps: float | None = Field(None, gt=0)
     """Optimiser steps between evaluations; below 1 = share of all steps. Default: once per epoch."""
     save_steps: float | None = Field(None, gt=0)
@@ -87,11 +98,20 @@ class Train(Section):
     early_stopping_patience: int | None = Field(None, ge=1)
     """Evaluations without a better validation loss before the run ends."""
     early_stopping_threshold: float = Field(0.0, ge=0)
+    """A validation loss counts as better when it is lower by more than this."""
     on_divergence: Literal["stop", "rollback", "warn"] = "stop"
     """NaN, inf or an exploding loss: end the run; go back to the last good checkpoint with half the rate; or go on."""
     report_to: list[Tracker] = Field(default_factory=lambda: list[Tracker](["tensorboard"]))
+    """Where scalars go besides metrics.jsonl; `[]` for nowhere."""
     trainer_args: dict[str, Any] = Field(default_factory=dict)
     """Any further field of `transformers.TrainingArguments`; fields that would break a promise are refused by name."""
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _at_least_one(cls, value: object) -> object:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a micro batch is 1 or more, or auto")
+        return value
 
     @field_validator("trainable")
     @classmethod

@@ -1,0 +1,5 @@
+"""`python -m rayft` is `rayft`."""
+
+from rayft.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""The Typer application that joins the sub-commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rayft import __version__
+from rayft.cli import models, recipe, runs
+from rayft.cli.train import evaluate, submit, train
+
+app = typer.Typer(
+    name="rayft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tuning on Ray: from recipe to served adapter, nothing is lost and nothing changes silently.",
+)
+app.command()(train)
+app.command()(evaluate)
+app.command()(submit)
+app.add_typer(recipe.app, name="recipe")
+app.add_typer(models.app, name="models")
+app.add_typer(runs.app, name="runs")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rayft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the console script `rayft`."""
+    app()

@@ -1,0 +1,103 @@
+"""`rayft train`, `rayft evaluate`, `rayft submit`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from rayft.cli.output import STOPPED, Report, execute, facts_table
+from rayft.cli.quiet import quiet
+from rayft.cli.words import Debug, Json, Words, split
+from rayft.errors import UsageError
+
+Mode = Literal["fail", "resume", "overwrite", "new"]
+
+
+def train(
+    words: Words = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of this name.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Append -2, -3, ... to a name in use.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, plan and memory; start nothing.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Three steps, save, reload and generate.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model: rayft train model.base=Qwen/Qwen3-0.6B data.train=my.jsonl"""
+
+    def work() -> Report:
+        source, overrides = split(words)
+        mode = _mode(resume=resume, overwrite=overwrite, new=new)
+        quiet()
+        if dry_run:
+            from rayft.train import dry_run as plan
+
+            planned = plan(source, overrides)
+            return Report(planned.to_json(), planned.to_rich())
+        from rayft.train import fit
+
+        return _trained(fit(source, overrides, mode=mode, smoke=smoke))
+
+    execute(work, json, debug)
+
+
+def evaluate(words: Words = None, json: Json = False, debug: Debug = False) -> None:
+    """Score a run, a folder or a recipe's base model on its validation data: rayft evaluate run:quickstart"""
+
+    def work() -> Report:
+        source, overrides = split(words)
+        quiet()
+        from rayft.evaluate import score
+
+        result = score(source, overrides)
+        return Report(result.to_json(), result.to_rich())
+
+    execute(work, json, debug)
+
+
+def submit(
+    words: Words = None,
+    address: Annotated[str, typer.Option(help="Dashboard of the cluster, such as http://head:8265.")] = "",
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print the job's log until it ends.")] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train on a Ray cluster as a job: rayft submit recipe.yaml --address http://head:8265"""
+
+    def work() -> Report:
+        source, overrides = split(words)
+        if source is None:
+            raise UsageError("R110", "rayft submit needs a recipe", "rayft submit recipe.yaml --address URL")
+        quiet()
+        from rayft.runtime.jobs import submit as submit_job
+
+        job = submit_job(source, overrides, address=address or None, follow=follow)
+        return Report(job, facts_table(job))
+
+    execute(work, json, debug)
+
+
+def _mode(resume: bool, overwrite: bool, new: bool) -> Mode:
+    """What happens when the run's name is in use. Raises UsageError R111 for two answers at once."""
+    given: list[Mode] = []
+    if resume:
+        given.append("resume")
+    if overwrite:
+        given.append("overwrite")
+    if new:
+        given.append("new")
+    if len(given) > 1:
+        raise UsageError("R111", f"--{' and --'.join(given)} exclude each other")
+    return given[0] if given else "fail"
+
+
+def _trained(result: Any) -> Report:
+    """The end of a training run: where it lies, its last numbers, what to do next."""
+    data = {"path": str(result.path), "kind": result.kind, "state": result.state, "metrics": dict(result.metrics)}
+    facts = {"run": data["path"], "state": result.state, "trained": result.kind, **result.metrics}
+    stopped = result.state == "stopped"
+    following = "rayft train --resume with the same recipe goes on" if stopped else f"rayft evaluate {result.path}"
+    return Report(data, Group(facts_table(facts), Text(f"next: {following}")), STOPPED if stopped else 0)
