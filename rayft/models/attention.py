@@ -50,7 +50,7 @@ def _mask(
         kv_length=kv_length,
         attention_mask=attention_mask,
         use_vmap=use_vmap,
-        **others,
+        **kwargs,
     )
     return mask
 
