@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock
 
@@ -34,6 +34,8 @@ HOW_TO_USE_A_FOLDER = (
     "download it on a machine with access (`hf download ORG/NAME --local-dir FOLDER`), "
     "copy the folder here and set model.base=FOLDER"
 )
+
+Kind = Literal["run", "alias", "bucket", "gguf", "folder", "hub"]
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,37 @@ def fetch(base: str, revision: str | None = None, resolve_run: Callable[[str], s
     Raises:
         UsageError: R301 to R308, when there is no such model or it cannot be reached.
     """
+    match kind_of(base):
+        case "run":
+            if resolve_run is None:
+                raise UsageError("R308", f"model.base: {base} names a run, which is not possible here", "give a folder")
+            return _checked(Path(resolve_run(base)), base)
+        case "alias":
+            return _fetch_alias(ALIASES[base])
+        case "bucket":
+            return _fetch_bucket(base)
+        case "gguf":
+            return _fetch_gguf(Path(base).expanduser())
+        case "folder":
+            return _checked(Path(base).expanduser(), base)
+        case "hub":
+            return _fetch_hub(base, revision)
+
+
+def kind_of(base: str) -> Kind:
+    """What ``base`` names. A name that exists as a folder is that folder, even where the Hub has such a model too."""
     if base.startswith("run:"):
-        if resolve_run is None:
-            raise UsageError("R308", f"model.base: {base} names a run, which is not possible here", "give its folder")
-        return _checked(Path(resolve_run(base)), base)
+        return "run"
     if base in ALIASES:
-        return _fetch_alias(ALIASES[base])
+        return "alias"
     if "://" in base:
-        return _fetch_bucket(base)
+        return "bucket"
     path = Path(base).expanduser()
     if path.suffix == ".gguf":
-        return _fetch_gguf(path)
+        return "gguf"
     if path.exists() or not HUB_ID.fullmatch(base) or base.startswith((".", "/", "~")):
-        return _checked(path, base)
-    return _fetch_hub(base, revision)
+        return "folder"
+    return "hub"
 
 
 def _checked(folder: Path, base: str) -> str:
@@ -243,9 +262,3 @@ def _fetch_hub(base: str, revision: str | None) -> str:
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
-
-
-def remove_from_cache(base: str) -> None:
-    """Delete the converted copy of an alias; the next `fetch` makes it again."""
-    if base in ALIASES:
-        shutil.rmtree(ALIASES[base].folder, ignore_errors=True)
