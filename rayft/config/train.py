@@ -95,6 +95,8 @@ class Train(Section):
     """Optimiser steps between checkpoints; below 1 = share of all steps. Default: ten per run."""
     save_total_limit: int | None = Field(3, ge=1)
     """Checkpoints kept; the best and the last are always among them."""
+    load_best_model_at_end: bool = False
+    """The run's result is the checkpoint of the lowest validation loss, not the last one."""
     early_stopping_patience: int | None = Field(None, ge=1)
     """Evaluations without a better validation loss before the run ends."""
     early_stopping_threshold: float = Field(0.0, ge=0)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from filelock import FileLock
 
 from rayft.errors import RunFailed
 from rayft.runs import manifest
+from rayft.runs.storage import Location, locate
 
 FACTS = "rayft.json"
 """Inside a checkpoint: step, workers, strategy and the state of what watches the run."""
@@ -33,19 +35,41 @@ class Start:
         return int(self.facts.get("step", 0))
 
 
-def choose(candidates: Iterable[str], before: int | None = None) -> Start:
-    """The first candidate (newest first) that is whole and, where `before` is given, of an earlier step."""
+@dataclass(frozen=True)
+class Diverged:
+    """Checkpoints that a divergence has spoilt: those of attempts up to `attempt` from step `since` on."""
+
+    since: int
+    attempt: int
+
+    def spoilt(self, facts: dict[str, Any]) -> bool:
+        return facts["step"] >= self.since and facts["attempt"] <= self.attempt
+
+
+def choose(candidates: Iterable[str], diverged: Diverged | None = None) -> Start:
+    """The first candidate (newest first) that is whole and not spoilt by a divergence."""
     skipped = []
-    for folder in candidates:
-        problems = manifest.verify(folder)
-        if problems or not os.path.isfile(os.path.join(folder, FACTS)):
-            skipped.append(f"{os.path.basename(folder)}: {'; '.join(problems[:3]) or f'no {FACTS}'}")
+    for candidate in candidates:
+        place = locate(candidate)
+        if problems := manifest.verify(place):
+            skipped.append(f"{place.name}: {'; '.join(problems[:3])}")
             continue
-        with open(os.path.join(folder, FACTS)) as file:
-            facts = json.load(file)
-        if before is None or facts["step"] < before:
-            return Start(folder, facts, tuple(skipped))
+        facts = json.loads((place / FACTS).read())
+        if diverged is None or not diverged.spoilt(facts):
+            return Start(_on_this_machine(place), facts, tuple(skipped))
     return Start(None, {}, tuple(skipped))
+
+
+def _on_this_machine(place: Location) -> str:
+    """The folder itself, or a copy of it where it lies in a bucket (one download per node)."""
+    if place.is_local:
+        return str(place)
+    copy = os.path.join(tempfile.gettempdir(), "rayft-checkpoints", place.name)
+    os.makedirs(os.path.dirname(copy), exist_ok=True)
+    with FileLock(f"{copy}.lock"):
+        if manifest.verify(copy):
+            place.copy_to(locate(copy))
+    return copy
 
 
 def universal(start: Start, workers: int, scratch: str, stage: int) -> str | None:

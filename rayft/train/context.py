@@ -17,7 +17,9 @@ class Recording(Protocol):
         """Call without waiting for an answer."""
         ...
 
-    def ask(self, method: str, *args: Any) -> Any: ...
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Call and wait for the answer."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,10 @@ class LocalRecording:
     recorder: Recorder
 
     def tell(self, method: str, *args: Any, **kwargs: Any) -> None:
-        getattr(self.recorder, method)(*args, **kwargs)
+        self.ask(method, *args, **kwargs)
 
-    def ask(self, method: str, *args: Any) -> Any:
-        return getattr(self.recorder, method)(*args)
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.recorder, method)(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class ActorRecording:
     def tell(self, method: str, *args: Any, **kwargs: Any) -> None:
         getattr(self.actor, method).remote(*args, **kwargs)
 
-    def ask(self, method: str, *args: Any) -> Any:
+    def ask(self, method: str, *args: Any, **kwargs: Any) -> Any:
         import ray
 
-        return ray.get(getattr(self.actor, method).remote(*args))
+        return ray.get(getattr(self.actor, method).remote(*args, **kwargs))
 
 
 class Context(Protocol):
@@ -54,7 +56,7 @@ class Context(Protocol):
     recording: Recording
 
     def checkpoint(self) -> str | None:
-        """Local path of the latest checkpoint that the cluster knows for this run, or None."""
+        """Path or URI of the latest checkpoint that the cluster knows for this run, or None."""
         ...
 
     def report(self, metrics: dict[str, Any], folder: str | None, name: str | None, last: bool) -> None:
@@ -112,10 +114,14 @@ class RayContext:
         self.local_rank, self.node = context.get_local_rank(), ray.get_runtime_context().get_node_id()
 
     def checkpoint(self) -> str | None:
+        import pyarrow.fs
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
-        return None if checkpoint is None else checkpoint.to_directory()
+        if checkpoint is None:
+            return None
+        local = isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem)
+        return checkpoint.path if local else checkpoint.to_directory()
 
     def report(self, metrics: dict[str, Any], folder: str | None, name: str | None, last: bool) -> None:
         import ray.train

@@ -142,6 +142,7 @@ class ClusterCallback(TrainerCallback):
         if self.context.rank == 0:
             facts = {
                 "step": step,
+                "attempt": self.attempt,
                 "workers": self.context.workers,
                 "strategy": self.recipe.scale.strategy,
                 "watch": self.watch.state(),

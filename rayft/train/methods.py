@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rayft.config.recipe import Recipe
 from rayft.models import adapters
-
-ADALORA_STATE = "adalora.pt"
 
 
 class MethodCallback(TrainerCallback):
@@ -43,14 +40,3 @@ class MethodCallback(TrainerCallback):
     ) -> None:
         if self.adalora:  # after the optimiser's step, while the gradients it is based on are still there
             adapters.update_budget(self.model, state.global_step)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.adalora and args.should_save:
-            folder = os.path.join(args.output_dir or "", f"checkpoint-{state.global_step}")
-            torch.save(adapters.adalora_state(self.model), os.path.join(folder, ADALORA_STATE))
-
-    def load(self, folder: str) -> None:
-        """Continue from a checkpoint folder."""
-        if self.adalora:
-            state = torch.load(os.path.join(folder, ADALORA_STATE), weights_only=True)
-            adapters.load_adalora_state(self.model, state)

@@ -17,8 +17,9 @@ from rayft.models import adapters
 from rayft.train.control import ClusterCallback
 from rayft.train.schedule import StepSchedule
 
-RAW_FOLDER = "resume"
-"""Inside a checkpoint: the adapter as it is trained, where the exported one is a conversion of it (PiSSA and the like)."""
+TRAINING_STATE = "weights.pt"
+"""Inside a checkpoint of an adapter: its weights exactly as they are trained. The stock files can hold less (the
+full ranks of AdaLoRA) or a conversion (PiSSA)."""
 
 
 class OutOfMemory(Exception):
@@ -56,6 +57,7 @@ class RayftTrainer(Trainer):
         super().__init__(**arguments)
         self.recipe, self.schedule, self.loader, self.validation = recipe, schedule, loader, validation
         self.penalty, self.cluster, self.learning_rate_scale = penalty, control, learning_rate_scale
+        self._peak_rates: list[float] | None = None
         self.model_accepts_loss_kwargs = False  # the loss is ours: nothing of the Trainer's is passed into the model
 
     # What is fed in
@@ -108,10 +110,24 @@ class RayftTrainer(Trainer):
             self.optimizer = kind(groups, **arguments)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._set_peak_rates(scheduler)
+        return scheduler
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.learning_rate_scale != 1.0:
-            scale_learning_rate(self.lr_scheduler, self.learning_rate_scale)
+        self._set_peak_rates(self.lr_scheduler)
+
+    def _set_peak_rates(self, scheduler: Any) -> None:
+        """After a rollback the peak rates are scaled, also where a checkpoint brings those of an earlier attempt."""
+        if self.learning_rate_scale == 1.0:
+            return
+        if self._peak_rates is None:
+            self._peak_rates = [rate * self.learning_rate_scale for rate in scheduler.base_lrs]
+        scheduler.base_lrs = list(self._peak_rates)
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+            group["lr"] = rate
 
     # Rows
 
@@ -149,18 +165,24 @@ class RayftTrainer(Trainer):
     # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Stock adapter or model with its tokenizer; beside it the raw adapter where the export converts it."""
+        """Stock adapter or model with its tokenizer; beside an adapter the exact state that a resume needs.
+
+        A model's own files are exact already, and DeepSpeed keeps the weights in its shards.
+        """
         if not self.args.should_save:
             return
-        folder = output_dir or self.args.output_dir
+        folder = output_dir or self.args.output_dir or ""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        adapters.save(model, folder, self.processing_class, state_dict=state_dict)
-        if adapters.export_converts(self.recipe):
-            model.save_pretrained(os.path.join(folder, RAW_FOLDER), state_dict=state_dict)
+        kind = adapters.save(model, folder, self.processing_class, state_dict=state_dict)
+        if kind == "adapter" and not self.is_deepspeed_enabled:
+            torch.save(adapters.training_state(model), os.path.join(folder, TRAINING_STATE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        raw = os.path.join(resume_from_checkpoint, RAW_FOLDER)
-        super()._load_from_checkpoint(raw if os.path.isdir(raw) else resume_from_checkpoint, model)
+        exact = os.path.join(resume_from_checkpoint, TRAINING_STATE)
+        if os.path.isfile(exact):
+            adapters.load_training_state(self.model, torch.load(exact, weights_only=True))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def raise_out_of_memory(error: BaseException, step: int) -> None:
@@ -168,10 +190,3 @@ def raise_out_of_memory(error: BaseException, step: int) -> None:
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower():
         raise OutOfMemory(step, text.splitlines()[0][:300]) from error
-
-
-def scale_learning_rate(scheduler: Any, scale: float) -> None:
-    """Multiply the peak learning rate of a loaded schedule (after a rollback)."""
-    scheduler.base_lrs = [rate * scale for rate in scheduler.base_lrs]
-    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
-        group["lr"] = rate

@@ -40,8 +40,8 @@ class Job:
     """Why there is another attempt."""
     resume: tuple[str, ...] = ()
     """Checkpoints of this run, newest first."""
-    before: int | None = None
-    """Only checkpoints of earlier steps count (after a divergence)."""
+    diverged: tuple[int, int] | None = None
+    """(since step, up to attempt): checkpoints that a divergence has spoilt."""
     learning_rate_scale: float = 1.0
     init_adapter: str | None = None
     """Folder of the adapter to continue (`adapter.init_from`, resolved)."""
@@ -61,7 +61,10 @@ def run(job: Job, context: Context) -> dict[str, Any]:
     from rayft.train.trainer import OutOfMemory
 
     trainer = None
-    tell = functools.partial(context.recording.ask, "failure", job.attempt, context.rank)
+
+    def tell(cause: str, step: int, detail: str, **facts: Any) -> None:
+        context.recording.ask("event", "failure", cause=cause, step=step, detail=detail, rank=context.rank, **facts)
+
     try:
         with tempfile.TemporaryDirectory(prefix=f"rayft-rank{context.rank}-") as scratch:
             trainer, control, checkpoint = build(job, context, scratch)
@@ -115,7 +118,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     dtype = load.dtype_of(recipe, job.device)
 
     known = context.checkpoint()
-    start = checkpoint.choose(([known] if known else []) + list(job.resume), job.before)
+    start = checkpoint.choose(([known] if known else []) + list(job.resume), job.diverged and checkpoint.Diverged(*job.diverged))
     stage = strategy.ZERO_STAGE.get(recipe.scale.strategy)
     converted = checkpoint.universal(start, context.workers, tempfile.gettempdir(), stage) if stage else None
     arguments = strategy.training_arguments(  # before the model: ZeRO-3 shards the weights while they are loaded
@@ -131,10 +134,11 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     )
     set_seed(recipe.seed)
     model = load.load_base(recipe, folder, device=str(arguments.device))
-    model = adapters.attach(model, recipe, tokenizer, init_from=job.init_adapter)
+    model = adapters.attach(model, recipe, tokenizer, init_from=job.init_adapter, total_steps=schedule.total_steps)
     causal.install(model, loss_function=imported(recipe.train.loss_function))
     if (recipe.data.padding_free or recipe.data.packing) and stage != 3 and len(examples) > 1:
-        selftest.check_isolation(model, examples[0]["input_ids"], examples[1]["input_ids"], dtype)
+        with load.compute_context(dtype, job.device):
+            selftest.check_isolation(model, examples[0]["input_ids"], examples[1]["input_ids"], dtype)
 
     trainable, total = adapters.parameter_counts(model)
     answer = imported(job.answer) if validation is not None and stage != 3 else None
@@ -152,7 +156,6 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     )
     if start.folder is not None:
         control.load(start.facts)
-        method.load(start.folder)
     trainer = RayftTrainer(
         recipe=recipe,
         schedule=schedule,

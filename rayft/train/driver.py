@@ -1,0 +1,203 @@
+"""`fit`: one recipe in, one finished run out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rayft import config
+from rayft.config.recipe import Recipe
+from rayft.errors import RunStopped
+from rayft.runs.folder import Mode, RunFolder
+from rayft.runs.storage import check_writable, locate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rayft.train.launch import Launcher
+    from rayft.train.preparation import Preparation
+
+ANSWER = "rayft.evaluate.answers:answer"
+"""Import path of the function that generates at evaluations. A path, because training knows nothing of inference."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training run. `metrics`: its last row, with the final validation loss where there is validation data."""
+
+    path: str
+    name: str
+    kind: Literal["adapter", "model"]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    state: str = "finished"
+
+    @property
+    def folder(self) -> str:
+        """The stock PEFT adapter or transformers model."""
+        return f"{self.path}/{self.kind}"
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer), ready to generate."""
+        from rayft.models import load
+
+        return load.load_trained(self.folder)
+
+
+def fit(
+    source: str | Path | Mapping[str, Any] | Recipe | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    mode: Mode = "fail",
+    answer: str | None = ANSWER,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train what a recipe says and leave a run.
+
+    source: YAML file, run folder, plain data or Recipe; overrides: `section.key=value`. mode: what to do when the run's
+    name is in use (fail, resume, overwrite, new). answer: import path of the function that generates at evaluations, or
+    None. Raises UsageError before anything starts when the user can fix it, RunFailed when the run could not end, and
+    RunStopped when it was asked to stop and has saved.
+    """
+    resolved = config.load(source, overrides)
+    recipe = resolved.recipe
+    check_writable(locate(recipe.storage))
+    folder = _taken_up(resolved, mode)
+    if folder is not None and folder.state == "finished":
+        folder.release()
+        return result_of(folder)
+
+    from rayft.train.preparation import prepare
+
+    try:
+        prepared = prepare(recipe)
+        folder = folder or RunFolder.create(resolved, "train", mode)
+    except BaseException:
+        if folder is not None:
+            folder.finish("stopped")  # nothing was lost: it can be resumed as before
+        raise
+    with folder:
+        return _run(folder, prepared, answer, console, quiet)
+
+
+def _taken_up(resolved: config.Resolved, mode: Mode) -> RunFolder | None:
+    """The run's folder where it exists already and is wanted; a name in use fails here, before a cluster is started."""
+    exists = (locate(resolved.recipe.storage) / resolved.recipe.name).exists()
+    if mode == "resume" or (mode == "fail" and exists):
+        return RunFolder.create(resolved, "train", mode)
+    return None
+
+
+def _run(
+    folder: RunFolder, prepared: Preparation, answer: str | None, console: Console | None, quiet: bool
+) -> TrainResult:
+    from rayft.train.attempts import run_to_end
+    from rayft.train.finish import chosen_step, export, write_summary
+    from rayft.train.launch import LocalLauncher, RayLauncher
+    from rayft.train.progress import Progress
+
+    recipe, settled = prepared.recipe, prepared.settled
+    folder.pin(base=settled.base_hash, data=settled.data_hash, template=settled.template_hash)
+    launcher: Launcher = (
+        LocalLauncher(folder) if prepared.placement is None else RayLauncher(folder, recipe, prepared.placement)
+    )
+    began = time.time()
+    job = prepared.job(folder, answer)
+    progress = Progress(prepared.schedule.total_steps, console, quiet=quiet)
+    with _shown(progress, launcher), _stoppable(launcher):
+        facts = _in_thread(
+            lambda: run_to_end(launcher, folder, job, recipe.scale.max_failures, recipe.train.on_divergence)
+        )
+    folder.index_checkpoints()
+    step = chosen_step(facts, recipe.train.load_best_model_at_end)
+    if facts["stopped"]:
+        launcher.close()
+        raise RunStopped("R606", f"run {folder.name!r} was stopped at step {facts['step']} and saved", "--resume goes on")
+    kind = export(folder, step, settled.dtype)
+    rows, events = launcher.recording.ask("rows"), launcher.recording.ask("events")
+    launcher.close()
+    facts |= {"result_step": step, "kind": kind, "seconds": time.time() - began}
+    write_summary(folder, prepared.data.stats, facts, rows, events)
+    folder.finish("finished", **facts)
+    return result_of(folder)
+
+
+def result_of(folder: RunFolder) -> TrainResult:
+    """The result of a finished run."""
+    rows = folder.metrics()
+    last: dict[str, Any] = {}
+    for row in rows:
+        last |= row
+    return TrainResult(folder.path, folder.name, folder.record.facts["kind"], last, folder.state)
+
+
+# While it runs
+
+
+@contextmanager
+def _shown(progress: Any, launcher: Launcher) -> Iterator[None]:
+    """Show the recorder's news, from now on, in a thread of their own."""
+    ended = threading.Event()
+    start = launcher.recording.ask("snapshot", sys.maxsize)["cursor"]
+
+    def poll(since: int) -> dict[str, Any]:
+        return launcher.recording.ask("snapshot", max(since, start))
+
+    thread = threading.Thread(target=progress.run, args=(poll, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=10)
+
+
+@contextmanager
+def _stoppable(launcher: Launcher) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the workers to save and end; the second one ends this process at once.
+
+    In a thread other than the main one (a notebook's, a sweep's) signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask_to_stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        launcher.recording.tell("request_stop")
+
+    former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run in a thread and wait: Ray Train's own handler for Ctrl-C, which aborts without saving, is set only in the
+    main thread, and signals reach the main thread only while it waits in Python."""
+    outcome: list[Any] = []
+
+    def target() -> None:
+        try:
+            outcome.extend([work(), None])
+        except BaseException as error:
+            outcome.extend([None, error])
+
+    thread = threading.Thread(target=target, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.2)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

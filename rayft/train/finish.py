@@ -1,0 +1,66 @@
+"""What stays when a run has ended: `adapter/` or `model/`, and `report.md` with its picture."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from rayft.errors import RunFailed
+from rayft.runs.folder import RunFolder
+from rayft.runs.storage import Location, locate
+
+TRAINING_STATE = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "trainer_state",
+    "training_args",
+    "manifest-",
+    "rayft.json",
+    "weights.pt",
+    "global_step",
+    "latest",
+    "zero_to_fp32",
+)
+"""First letters of what a checkpoint holds besides the stock adapter or model."""
+
+
+def export(folder: RunFolder, step: int, dtype: str) -> Literal["adapter", "model"]:
+    """Make `<run>/adapter` or `<run>/model` from the checkpoint of `step`.
+
+    Weights that were trained in full are fp32 masters in a checkpoint; the model is saved in `dtype`, the number format
+    it was trained in. Raises RunFailed R605 when the checkpoint is missing.
+    """
+    checkpoints = folder.checkpoints()
+    if step not in checkpoints:
+        raise RunFailed("R605", f"run {folder.name!r} has no complete checkpoint of step {step}", "--resume saves it again")
+    source = locate(checkpoints[step])
+    kind: Literal["adapter", "model"] = "adapter" if (source / "adapter_config.json").is_file() else "model"
+    with folder.writing(kind) as target:
+        for name in source.files():
+            if not name.startswith(TRAINING_STATE):
+                _copy(source / name, locate(target / name))
+        if kind == "model" and dtype != "fp32":
+            from rayft.models import load
+
+            load.cast_weights(str(target), dtype)
+    return kind
+
+
+def _copy(source: Location, target: Location) -> None:
+    import pyarrow.fs as fs
+
+    target.local.parent.mkdir(parents=True, exist_ok=True)
+    fs.copy_files(
+        source.path, target.path, source_filesystem=source.filesystem, destination_filesystem=target.filesystem
+    )
+
+
+def chosen_step(facts: dict[str, Any], best: bool) -> int:
+    """The step that becomes the result: the last one, or the best by validation loss where the recipe asks for it."""
+    return int(facts["best_step"] if best and facts["best_step"] else facts["step"])
+
+
+def write_summary(folder: RunFolder, stats: dict[str, Any], facts: dict[str, Any], rows: Any, events: Any) -> None:
+    """`report.md` and its pictures."""

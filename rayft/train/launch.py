@@ -1,0 +1,169 @@
+"""Start one attempt of a run: on Ray Train's workers, or in this process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rayft.config.recipe import Recipe
+from rayft.runs.folder import CHECKPOINTS, RunFolder
+from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
+from rayft.train.recorder import Event, LocalSink, Recorder, Row
+from rayft.train.worker import Job, ray_worker, run
+
+
+class RunSink:
+    """Rows go into the run's metrics.jsonl, events into events.jsonl beside it."""
+
+    def __init__(self, path: str) -> None:
+        self._run = RunFolder.open(path)
+        self._events = LocalSink(self._run.scratch)
+
+    def append_metrics(self, row: Row) -> None:
+        self._run.append_metrics(row)
+
+    def rewind_metrics(self, step: int) -> None:
+        self._run.rewind_metrics(step)
+
+    def read_metrics(self) -> list[Row]:
+        return self._run.metrics()
+
+    def append_event(self, event: Event) -> None:
+        self._events.append_event(event)
+
+    def read_events(self) -> list[Event]:
+        return self._events.read_events()
+
+
+@dataclass(frozen=True)
+class Died:
+    """Workers ended without a word of their own: a kill, a lost node, a crash below Python."""
+
+    detail: str
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether Ray's memory monitor or the kernel took a worker for want of memory."""
+        return "OutOfMemoryError" in self.detail or "memory pressure" in self.detail
+
+
+class LocalLauncher:
+    """`scale.workers: 0`: one worker in this process, without Ray."""
+
+    def __init__(self, run_folder: RunFolder) -> None:
+        self.run_folder = run_folder
+        self.recording: Recording = LocalRecording(Recorder(RunSink(run_folder.path)))
+
+    def launch(self, job: Job) -> dict[str, Any] | Died:
+        folder = self.run_folder.scratch / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        keep = Recipe.model_validate(job.recipe).train.save_total_limit
+        saved = _Kept(keep, self.run_folder)
+        return run(job, LocalContext(str(folder), self.recording, saved.add))
+
+    def close(self) -> None:
+        pass
+
+
+class _Kept:
+    """The retention that Ray Train applies in a cluster: the `limit` highest scores, and the latest."""
+
+    def __init__(self, limit: int | None, run_folder: RunFolder) -> None:
+        self.limit, self.run_folder = limit, run_folder
+        self.scores: dict[str, tuple[float, int]] = {}
+
+    def add(self, metrics: dict[str, Any], folder: str) -> None:
+        import shutil
+
+        self.scores[folder] = (metrics["score"], metrics["step"])
+        ranked = sorted(self.scores, key=self.scores.__getitem__)
+        for worst in ranked[: -self.limit] if self.limit else []:
+            if worst != folder:
+                shutil.rmtree(worst)
+                del self.scores[worst]
+        self.run_folder.index_checkpoints()
+
+
+class RayLauncher:
+    """Workers of Ray Train; the recorder is an actor on the driver's node, so it outlives every worker."""
+
+    def __init__(self, run_folder: RunFolder, recipe: Recipe, placement: Any) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        self.run_folder, self.recipe, self.placement = run_folder, recipe, placement
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor = (
+            ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote(RunSink(run_folder.path))
+        )
+        self.recording: Recording = ActorRecording(self.actor)
+
+    def launch(self, job: Job) -> dict[str, Any] | Died:
+        """Run one attempt. The worker tells the recorder why it failed; a worker that could not is `Died`."""
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+
+        low, high = self.placement.workers
+        trainer = TorchTrainer(
+            ray_worker,
+            train_loop_config={"job": asdict(job), "recorder": self.actor},
+            scaling_config=ScalingConfig(
+                num_workers=(low, high) if low != high else low,
+                use_gpu=self.placement.use_gpu,
+                resources_per_worker=self.placement.resources,
+            ),
+            run_config=RunConfig(
+                name=CHECKPOINTS,
+                storage_path=self.run_folder.path,
+                # Attempts are ours to count: only we know whether an error is worth another one.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+                checkpoint_config=CheckpointConfig(
+                    num_to_keep=self.recipe.train.save_total_limit,
+                    checkpoint_score_attribute="score",
+                    checkpoint_score_order="max",
+                ),
+                callbacks=[index_callback(self.run_folder.path)],
+                worker_runtime_env={"env_vars": worker_environment(self.recipe)},
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except TrainingFailedError as error:
+            return Died(str(error))
+        facts = result.return_value
+        return facts if isinstance(facts, dict) else Died("the workers returned nothing")
+
+    def close(self) -> None:
+        import ray
+
+        ray.kill(self.actor)
+
+
+def index_callback(path: str) -> Any:
+    """A Ray Train callback, run in its controller: steps.json lists a checkpoint once it is in storage."""
+    from ray.train import UserCallback
+
+    class IndexCheckpoints(UserCallback):
+        def after_report(self, run_context: Any, metrics: Any, checkpoint: Any) -> None:
+            if checkpoint is not None:
+                RunFolder.open(path).index_checkpoints()
+
+    return IndexCheckpoints()
+
+
+def worker_environment(recipe: Recipe) -> dict[str, str]:
+    """Variables of every worker: those the recipe names, by value from this process, and quiet libraries."""
+    passed = {name: os.environ[name] for name in recipe.scale.env if name in os.environ}
+    always = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    inherited = {name: os.environ[name] for name in ("RAYFT_HOME", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
+    if recipe.scale.strategy.startswith("zero"):
+        # A build that a killed process left behind locks the shared folder for good: use one of our own.
+        always["TORCH_EXTENSIONS_DIR"] = str(Path(os.environ.get("RAYFT_HOME", "~/.cache/rayft")).expanduser() / "ops")
+    return always | inherited | passed
+
+
+Launcher = LocalLauncher | RayLauncher
+Launch = Callable[[Job], dict[str, Any] | Died]

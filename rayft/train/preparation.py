@@ -1,0 +1,160 @@
+"""Everything that is settled before the first worker starts: cluster, base model, data, number format, schedule."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rayft.config.recipe import Recipe
+from rayft.data import Prepared
+from rayft.runs import reference
+from rayft.runs.folder import RunFolder
+from rayft.runs.storage import locate
+from rayft.train.schedule import StepSchedule
+from rayft.train.worker import Job
+
+MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}
+"""Tokens of one forward pass that `micro_batch_size: auto` starts from; out-of-memory halves it."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the first task on a worker's kind of node finds out. Plain data."""
+
+    base_hash: str
+    template_hash: str
+    dtype: str
+    data_folder: str
+    data_hash: str
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The plan of a run. `recipe.model.dtype` is decided; `placement` None = one worker in this process."""
+
+    recipe: Recipe
+    placement: Any
+    device: str
+    """cpu or gpu."""
+    base: str
+    init_adapter: str | None
+    settled: Settled
+
+    @property
+    def data(self) -> Prepared:
+        return Prepared(self.settled.data_folder, self.settled.data_hash)
+
+    @cached_property
+    def schedule(self) -> StepSchedule:
+        return StepSchedule.of(self.recipe, self.data.split("train"))
+
+    @property
+    def workers(self) -> int:
+        """The most workers there can be."""
+        return 1 if self.placement is None else self.placement.workers[1]
+
+    def micro_batch_size(self) -> int:
+        """Examples per forward pass: the recipe's, or as many of the longest as MICRO_TOKENS holds."""
+        share = math.ceil(self.recipe.train.global_batch_size / self.workers)
+        wanted = self.recipe.train.micro_batch_size
+        if wanted != "auto":
+            return min(wanted, share)
+        return max(1, min(share, MICRO_TOKENS[self.device] // int(self.schedule.lengths.max())))
+
+    def job(self, folder: RunFolder, answer: str | None) -> Job:
+        """The first attempt, or the next one of a run that was interrupted."""
+        carried = folder.record.facts.get("attempt")
+        former = carried or {"micro_batch_size": self.micro_batch_size(), "diverged": None, "learning_rate_scale": 1.0}
+        return Job(
+            recipe=self.recipe.model_dump(mode="json"),
+            base=self.base,
+            data_folder=self.settled.data_folder,
+            data_hash=self.settled.data_hash,
+            device=self.device,
+            threads=self.placement.cpus_per_worker if self.placement is not None else max(1, (os.cpu_count() or 2) - 1),
+            micro_batch_size=former["micro_batch_size"],
+            attempt=carried["attempt"] + 1 if carried else 0,
+            reason="resumed" if carried else "",
+            diverged=tuple(former["diverged"]) if former["diverged"] else None,
+            learning_rate_scale=former["learning_rate_scale"],
+            init_adapter=self.init_adapter,
+            answer=answer,
+        )
+
+
+def prepare(recipe: Recipe) -> Preparation:
+    """Find the cluster and its room, fetch the base, render the data. Raises UsageError for what the user can fix."""
+    base = recipe.model.base
+    if base.startswith("run:"):
+        base = reference.resolve(base, recipe.storage).path
+    init = recipe.adapter.init_from if recipe.adapter else None
+    init_adapter = reference.resolve(init, recipe.storage).path if init else None
+    placement = None
+    if recipe.scale.workers != 0:
+        from rayft.runtime import preflight, session
+
+        session.connect(recipe)
+        placement = preflight.check(recipe)
+    device = _device_here(recipe) if placement is None else "gpu" if placement.use_gpu else "cpu"
+    settled = _elsewhere(placement, settle, recipe.model_dump(mode="json"), base, device)
+    decided = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": settled.dtype})})
+    return Preparation(decided, placement, device, base, init_adapter, settled)
+
+
+def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
+    """On a node like a worker's: fetch the base, render the data, decide the number format."""
+    from rayft.data.prepare import prepare as prepare_data
+    from rayft.models import hub, identity, load
+    from rayft.train.worker import quiet
+
+    quiet()
+    recipe = Recipe.model_validate(recipe_data)
+    folder = hub.fetch(base, recipe.model.revision)
+    tokenizer = load.load_tokenizer(recipe, folder)
+    data = prepare_data(recipe, tokenizer, data_cache(recipe))
+    return Settled(
+        base_hash=identity.base_hash(folder),
+        template_hash=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        dtype=load.dtype_of(recipe, device),
+        data_folder=data.folder,
+        data_hash=data.hash,
+    )
+
+
+def _device_here(recipe: Recipe) -> str:
+    """Where a run without Ray computes."""
+    if recipe.scale.device != "auto":
+        return recipe.scale.device
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def data_cache(recipe: Recipe) -> str:
+    """Where rendered data lies: beside the runs, so that all nodes see it; on each node where runs are in a bucket."""
+    storage = locate(recipe.storage)
+    if storage.is_local:
+        return str(storage.local / ".cache" / "data")
+    return str(Path(os.environ.get("RAYFT_HOME", "~/.cache/rayft")).expanduser() / "data")
+
+
+def _elsewhere(placement: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Call in a Ray task with a worker's resources, or here where there is no cluster. Errors come as they were raised."""
+    if placement is None:
+        return work(*arguments)
+    import ray
+
+    resources = dict(placement.resources)
+    task = ray.remote(work).options(
+        num_cpus=resources.pop("CPU", 1), num_gpus=resources.pop("GPU", 0), resources=resources, max_retries=1
+    )
+    try:
+        return ray.get(task.remote(*arguments))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None

@@ -1,0 +1,75 @@
+"""One curve, however it is computed: padding, accumulation, workers, checkpointing and a plain loop all agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rayft.data import Prepared
+from rayft.runs.folder import RunFolder
+from rayft.train import fit
+from tests.train.conftest import Recipes
+from tests.train.curves import Curve, assert_same, curve_of, plain_loop
+
+OPTIMIZERS = [{"train.optim": "sgd", "train.learning_rate": 0.05}, {"train.optim": "adamw_torch"}]
+FULL: dict[str, Any] = {"adapter": None}
+
+
+def trained(recipe: dict[str, Any]) -> Curve:
+    return curve_of(fit(recipe, mode="overwrite", answer=None, quiet=True).path)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw"])
+@pytest.mark.parametrize("method", [{}, FULL], ids=["lora", "full"])
+def test_the_curve_equals_a_plain_loop(recipe: Recipes, optimizer: dict[str, Any], method: dict[str, Any]) -> None:
+    plain = recipe(**optimizer, **method)
+    result = fit(plain, answer=None, quiet=True)
+    record = RunFolder.open(result.path).record
+    data = Prepared(f"{plain['storage']}/.cache/data/{record.hashes['data']}", record.hashes["data"])
+
+    def adapt(model: torch.nn.Module) -> torch.nn.Module:
+        if method:
+            return model
+        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+
+    expected = plain_loop(plain, data, adapt, steps=20)
+    assert expected.losses[0] > expected.losses[-1], "nothing was learned, so nothing is compared"
+    assert_same(curve_of(result.path), expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw"])
+def test_layouts_of_a_step_agree(recipe: Recipes, optimizer: dict[str, Any]) -> None:
+    reference = trained(recipe(**optimizer))
+    for change in (
+        {"data.padding_free": False},
+        {"train.micro_batch_size": 1},
+        {"train.micro_batch_size": 2},
+        {"train.micro_batch_size": 3, "data.padding_free": False},
+        {"train.gradient_checkpointing": True},
+    ):
+        assert_same(trained(recipe(**optimizer, **change)), reference)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw"])
+def test_two_workers_agree_with_one(recipe: Recipes, ray_cluster: str, optimizer: dict[str, Any]) -> None:
+    one = trained(recipe(**optimizer))
+    assert_same(trained(recipe(**optimizer, **{"scale.workers": 2, "train.micro_batch_size": 1})), one)
+
+
+def test_full_fine_tuning_agrees_too(recipe: Recipes, ray_cluster: str) -> None:
+    sgd = OPTIMIZERS[0] | FULL
+    one = trained(recipe(**sgd))
+    assert_same(trained(recipe(**sgd, **{"train.micro_batch_size": 2, "train.gradient_checkpointing": True})), one)
+    assert_same(trained(recipe(**sgd, **{"scale.workers": 2})), one)
+
+
+def test_packing_is_another_trajectory_with_the_same_tokens(recipe: Recipes) -> None:
+    packed = recipe(**{"data.packing": True, "data.max_length": 128, "train.epochs": 1, "train.max_steps": None})
+    bins = trained(packed)
+    single = trained(recipe(**{"train.epochs": 1, "train.max_steps": None}))
+    assert len(bins.losses) < len(single.losses)
+    assert_same(trained(packed | {"name": "again", "data": packed["data"] | {"padding_free": False}}), bins)
