@@ -7,14 +7,14 @@ import logging
 from rayft.runs import manifest
 from rayft.runs.storage import Location
 
-FOLDER = "checkpoints"
+CHECKPOINTS = "checkpoints"
 
 logger = logging.getLogger(__name__)
 
 
 def complete(run: Location) -> list[tuple[int, Location]]:
     """(step, folder) of every complete checkpoint by step; of those of one step the one saved last comes last."""
-    saved = (run / FOLDER).folders()  # Ray's names carry the time, so they are in the order of saving
+    saved = (run / CHECKPOINTS).folders()  # Ray's names carry the time, so they are in the order of saving
     found = [(step, child) for child in saved if (step := manifest.step_of(child)) is not None]
     return sorted(found, key=lambda pair: pair[0])
 
@@ -22,7 +22,7 @@ def complete(run: Location) -> list[tuple[int, Location]]:
 def latest(run: Location) -> tuple[int, Location] | None:
     """The newest checkpoint in which every byte is right; each one that is passed over is warned about."""
     whole = complete(run)
-    for child in (run / FOLDER).folders():
+    for child in (run / CHECKPOINTS).folders():
         if child not in [folder for _, folder in whole]:
             _warn(child, manifest.verify(child))
     for step, folder in reversed(whole):

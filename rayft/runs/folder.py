@@ -22,6 +22,7 @@ from rayft.config.resolve import Resolved
 from rayft.errors import RayftError, RunStopped, UsageError
 from rayft.runs import checkpoints
 from rayft.runs.changes import Change, changes
+from rayft.runs.checkpoints import CHECKPOINTS
 from rayft.runs.metrics import MetricsLog, read_rows
 from rayft.runs.record import SCHEMA, RunRecord, State, now
 from rayft.runs.storage import Location, check_writable, is_committed, locate, lock, staged, write_atomic
@@ -76,7 +77,8 @@ class RunFolder:
         if mode == "resume":
             return former._take_up(resolved, verb)
         if mode == "overwrite":
-            record = RunRecord(name=name, verb=verb, parent=parent, replaces=former.set_aside())
+            aside = [former.set_aside(), *former.record.replaces]
+            record = RunRecord(name=name, verb=verb, parent=parent, replaces=aside)
             return cls._begin(location, resolved, record)
         raise UsageError(
             "R402",
@@ -244,7 +246,7 @@ class RunFolder:
         """Write ``checkpoints/steps.json`` (step -> folder name) anew. A run set aside is deleted at the first one."""
         found = self.checkpoints()
         names = {str(step): locate(path).name for step, path in found.items()}
-        self.write_json(f"{checkpoints.FOLDER}/steps.json", names)
+        self.write_json(f"{CHECKPOINTS}/steps.json", names)
         if found:
             self._delete_replaced()
         return found
@@ -321,10 +323,8 @@ class RunFolder:
         write_atomic(self.location / "run.json", self.record.to_json())
 
     def _delete_replaced(self) -> None:
-        if self.record.replaces:
-            locate(self.record.replaces).remove()
-            self.record.replaces = None
-            self._save()
+        for place in self.record.replaces:  # run.json keeps the names: others may be writing it at this moment
+            locate(place).remove()
 
 
 def _free_name(storage: Location, name: str) -> str:

@@ -29,8 +29,8 @@ class RunRecord(BaseModel):
     ended: str | None = None
     parent: str | None = None
     """The run this one starts from: `run:NAME` or a path."""
-    replaces: str | None = None
-    """The folder that `--overwrite` has set aside; deleted after this run's first checkpoint."""
+    replaces: list[str] = []
+    """Folders that `--overwrite` has set aside; they are deleted after this run's first checkpoint."""
     hashes: dict[str, str] = {}
     """Of base, data and template: what must be the same when the run is resumed."""
     versions: dict[str, str] = Field(default_factory=lambda: versions())

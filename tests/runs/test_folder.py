@@ -156,9 +156,13 @@ def test_two_interrupted_overwrites_keep_both(resolved: Make, storage: str, tmp_
     save_checkpoint(old, 10, tmp_path)
     old.finish("finished")
     for _ in range(2):
-        RunFolder.create(resolved(), "train", "overwrite").release()
+        run = RunFolder.create(resolved(), "train", "overwrite")
+        run.release()
     kept = [run for run in list_runs(storage) if run.state.startswith("set aside")]
-    assert len(kept) == 2 and any(RunFolder.open(run.path).checkpoints() for run in kept)
+    assert len(kept) == 2 and any(RunFolder.open(aside.path).checkpoints() for aside in kept)
+    save_checkpoint(run, 1, tmp_path)
+    run.index_checkpoints()
+    assert [kept.path for kept in list_runs(storage)] == [run.path], "the first checkpoint frees them all"
 
 
 def test_checkpoints_are_indexed_when_complete(resolved: Make, tmp_path: Path) -> None:
