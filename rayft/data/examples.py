@@ -16,6 +16,7 @@ _TYPES = {
     "input_ids": pa.list_(pa.int32()),
     "loss_weights": pa.list_(pa.float32()),
     "position_ids": pa.list_(pa.int32()),
+    "supervised": pa.int32(),
     "source": pa.string(),
     "answer_start": pa.int32(),
     "answer_end": pa.int32(),

@@ -12,6 +12,7 @@ from rayft.data.examples import Examples
 
 STATS = "stats.json"
 """Written last: a folder that has it is complete."""
+PROMPTS = "prompts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,9 @@ class Prepared:
 
     @cached_property
     def stats(self) -> dict[str, Any]:
-        """Counts over all rows read (``rows``, ``examples``, ``tokens``, ``supervised_tokens``, ``truncated``,
-        ``truncated_tokens``, ``dropped``, ``zero_supervised``), the same under ``sources`` per source, and under
-        ``train`` and ``validation`` what each split holds (``examples``, ``tokens``, ``supervised_tokens``, with
-        packing ``bins``).
+        """Counts over all rows read (the fields of `rayft.data.ingest.Counts` and ``truncated_share``), the same per
+        source under ``sources`` and ``validation_sources``, and under ``train`` and ``validation`` what a split holds
+        (``examples``, ``tokens``, ``supervised_tokens``, with packing ``bins``).
         """
         return json.loads(Path(self.folder, STATS).read_text(encoding="utf-8"))
 
@@ -42,7 +42,7 @@ class Prepared:
         that the model sees before it in training), ``prompt`` (the same as text) and ``reference`` (the text of that
         turn without special tokens). Examples without an assistant turn or with a truncated one have no prompt.
         """
-        path = Path(self.folder, "prompts.jsonl")
+        path = Path(self.folder, PROMPTS)
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")[:-1]
