@@ -27,7 +27,7 @@ class Sampling:
     temperature: float = 0.0
     """0 = greedy. Else logits are divided by it before one token is drawn."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens that holds this much probability (arXiv 1904.09751). Not used when greedy."""
+    """Draw from the smallest set of tokens that holds this much probability (arXiv 1904.09751). Greedy ignores it."""
     seed: int = 0
     """The same prompts in the same order, with the same seed, give the same answers."""
     stop: tuple[str, ...] = ()

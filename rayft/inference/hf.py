@@ -18,7 +18,7 @@ from rayft.models.load import DTYPES, compute_context
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The name to put into `Prompt.adapter` so that the model answers as it stands; None for a model without adapter."""
+    """The `Prompt.adapter` with which the model answers as it stands; None for a model without adapter."""
     return model.active_adapter if isinstance(model, PeftModel) else None
 
 
@@ -30,12 +30,12 @@ class HFGenerator:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 16, dtype: str | None = None
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 16, dtype: str | None = None
     ) -> None:
         """model: a causal LM or the `PeftModel` around one. dtype: number format of the computation (bf16, fp16, fp32);
         that of the embeddings by default."""
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.causal = model.get_base_model() if isinstance(model, PeftModel) else model
         weights = self.causal.get_input_embeddings().weight
         self.device = weights.device
         self.dtype = dtype or next((name for name, kind in DTYPES.items() if kind == weights.dtype), "fp32")
@@ -133,7 +133,7 @@ class HFGenerator:
 
 
 def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the model's generation configuration (Llama-3 has three)."""
+    """Tokens that end an answer: the tokenizer's, and those of the model's own configuration (Llama-3 has three)."""
     own = model.generation_config.eos_token_id
     ids = own if isinstance(own, list) else [own]
     return {token for token in [*ids, tokenizer.eos_token_id] if token is not None}

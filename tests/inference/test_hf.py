@@ -97,9 +97,7 @@ def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(base: Any, tokenizer: 
 def test_the_adapter_is_chosen_per_prompt(base: Any, tokenizer: Any) -> None:
     bare = [stock(base, prompt, max_new_tokens=6) for prompt in prompts(tokenizer)]
     model = lora(lora(base, "first", 1), "second", 2)
-    mixed = [
-        Prompt(prompt.ids, (None, "first", "second")[i % 3]) for i, prompt in enumerate(prompts(tokenizer))
-    ]
+    mixed = [Prompt(prompt.ids, (None, "first", "second")[i % 3]) for i, prompt in enumerate(prompts(tokenizer))]
     answers = HFGenerator(model, tokenizer, batch_size=2).generate(mixed, Sampling(max_new_tokens=6))
     for i, (answer, prompt) in enumerate(zip(answers, mixed, strict=True)):
         if prompt.adapter is None:
