@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
 
 from rayft.config.recipe import Recipe
 from rayft.models import adapters
@@ -57,6 +58,7 @@ class RayftTrainer(Trainer):
         super().__init__(**arguments)
         self.recipe, self.schedule, self.loader, self.validation = recipe, schedule, loader, validation
         self.penalty, self.cluster, self.learning_rate_scale = penalty, control, learning_rate_scale
+        self.remove_callback(PrinterCallback)
         self._peak_rates: list[float] | None = None
         self.model_accepts_loss_kwargs = False  # the loss is ours: nothing of the Trainer's is passed into the model
 
@@ -126,7 +128,8 @@ class RayftTrainer(Trainer):
         if self._peak_rates is None:
             self._peak_rates = [rate * self.learning_rate_scale for rate in scheduler.base_lrs]
         scheduler.base_lrs = list(self._peak_rates)
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
+        scheduler._last_lr = scheduler.get_lr()
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
 
     # Rows

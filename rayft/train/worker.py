@@ -169,6 +169,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         learning_rate_scale=job.learning_rate_scale,
         model=model,
         args=arguments,
+        eval_dataset=validation,
         processing_class=tokenizer,
         callbacks=[method, control],
     )
