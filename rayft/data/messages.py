@@ -52,7 +52,7 @@ def as_tools(value: Any) -> list[dict[str, Any]] | None:
 
 def as_list(value: Any) -> Any:
     """A list that is written as JSON text (CSV and Parquet files often do) as a list; anything else as it is."""
-    if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n")):
+    if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
         except json.JSONDecodeError:

@@ -38,6 +38,10 @@ def read(source: Source) -> Iterator[Row]:
             raise _malformed(file.name, f"byte {error.start} is not UTF-8") from error
         except pa.ArrowInvalid as error:
             raise _malformed(file.name, str(error)) from error
+        except OSError as error:  # not readable, a broken compression, a bucket that went away
+            raise UsageError(
+                "R201", f"{file.path}: cannot be read: {error}", "check the file and the access to it"
+            ) from error
 
 
 def source_name(source: Source) -> str:

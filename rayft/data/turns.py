@@ -41,6 +41,9 @@ class ChatTemplate:
         specials = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = "|".join(specials) or "(?!)"
         self._header, self._lead, self._close, self._rest = self._probe()
+        opened = _OPEN_THINKING.search(self._header)
+        empty = _EMPTY_THINKING.fullmatch((opened.group() if opened else "") + self._lead)
+        self._inserted = self._lead if self._lead.strip() and (empty or not self._header) else ""
 
     def text(self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False) -> str:
         """The conversation as text. Raises UsageError R210 when the template refuses it."""
@@ -76,7 +79,7 @@ class ChatTemplate:
                 f"assistant turn {index + 1} cannot be located in the text of the chat template {self._name()}",
                 "set data.chat_template to a template that does not rewrite earlier turns, or train with train_on: all",
             )
-        return self._after_lead(messages[index], text, start), end
+        return self._after_inserted(messages[index], text, start), end
 
     def message(self, messages: Sequence[Message], tools: Tools, index: int, text: str) -> tuple[int, int]:
         """Characters [start, end) of ``text`` that message ``index`` adds, header and all. Raises UsageError R211."""
@@ -153,12 +156,11 @@ class ChatTemplate:
         end = len(text) - len(tail) + len(close) if text.endswith(tail) else None
         return start, end
 
-    def _after_lead(self, message: Message, text: str, start: int) -> int:
+    def _after_inserted(self, message: Message, text: str, start: int) -> int:
         """``start`` after what the template itself writes before every answer: an empty thinking block, or the header
         of a template that knows no generation prompt."""
-        inserted = self._lead.strip() and (not self._header or _EMPTY_THINKING.fullmatch(self._lead))
-        if inserted and text.startswith(self._lead, start) and not _EMPTY_THINKING.match(message["content"]):
-            return start + len(self._lead)
+        if text.startswith(self._inserted, start) and not _EMPTY_THINKING.match(message["content"]):
+            return start + len(self._inserted)
         return start
 
     def _name(self) -> str:

@@ -43,7 +43,9 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerBase]:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(CORPUS, trainer)
     bpe.add_tokens(ORDINARY)
 
@@ -74,7 +76,12 @@ def make_recipe() -> Callable[..., Recipe]:
 
     def make(train: Any, *, seed: int = 17, objective: str = "sft", **data: Any) -> Recipe:
         return Recipe.model_validate(
-            {"model": {"base": "none"}, "seed": seed, "train": {"objective": objective}, "data": {"train": train, **data}}
+            {
+                "model": {"base": "none"},
+                "seed": seed,
+                "train": {"objective": objective},
+                "data": {"train": train, **data},
+            }
         )
 
     return make

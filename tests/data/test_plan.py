@@ -1,4 +1,4 @@
-"""The step plan: examples of a step depend on (seed, epoch, global batch size) only, and each is computed exactly once."""
+"""The step plan: a step depends on (seed, epoch, global batch size) only, and each example is computed exactly once."""
 
 from __future__ import annotations
 

@@ -41,7 +41,9 @@ RESULT = {"role": "tool", "content": '{"sky": "blue"}'}
 Make = Callable[..., Any]
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, objective: Any = "sft", **data: Any) -> Rendered:
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, objective: Any = "sft", **data: Any
+) -> Rendered:
     settings = Data.model_validate({"train": "unused", **data})
     return Renderer(tokenizer, settings, objective).render([Example("row 1", messages, tools)])[0]
 
@@ -142,6 +144,25 @@ def test_generation_prompt_with_thinking_switched_off(make_tokenizer: Make) -> N
     assert rendered.ids.tolist() == reference_ids(tokenizer, messages, enable_thinking=False)
 
 
+def test_generation_prompt_that_opens_the_thinking(make_tokenizer: Make) -> None:
+    """As of models that always think: the model goes on after `<think>`, which earlier turns do not even have."""
+    tokenizer = make_tokenizer("qwen3")
+    opening = "{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- if false -%}"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{- '<|im_start|>assistant\\n' -}}\n    {%- if enable_thinking",
+        opening + "{%- endif -%}{%- if enable_thinking",
+    )
+    assert tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True).endswith("<think>\n")
+    thinking = {**RAIN, "reasoning_content": "clouds"}
+    kept = "clouds\n</think>\n\n" + answer("qwen3", RAIN)
+    assert supervised_texts(tokenizer, render(tokenizer, [USER, SUNNY, AGAIN, thinking])) == [
+        answer("qwen3", SUNNY),
+        kept,
+    ]
+    rendered = render(tokenizer, [USER, SUNNY, AGAIN, RAIN])
+    assert supervised_texts(tokenizer, rendered) == [answer("qwen3", SUNNY), answer("qwen3", RAIN)]
+
+
 @pytest.mark.parametrize("messages", [[USER, SUNNY], [SYSTEM, USER, SUNNY, AGAIN, RAIN], [USER, SUNNY, AGAIN]])
 def test_mask_equals_that_of_transformers(make_tokenizer: Make, messages: list[dict[str, Any]]) -> None:
     tokenizer = make_tokenizer("chatml_generation")
@@ -179,7 +200,8 @@ def test_weights_of_messages_and_of_the_rest(make_tokenizer: Make) -> None:
     messages = [SYSTEM, {**USER, "weight": 0}, {**SUNNY, "weight": 0.5}, AGAIN, {**RAIN, "weight": 0}]
     rendered = render(tokenizer, messages, prompt_loss_weight=0.25)
     parts = {
-        weight: tokenizer.decode(rendered.ids[1:][np.isclose(rendered.weights[1:], weight)]) for weight in (0, 0.25, 0.5)
+        weight: tokenizer.decode(rendered.ids[1:][np.isclose(rendered.weights[1:], weight)])
+        for weight in (0, 0.25, 0.5)
     }
     assert parts[0.5] == answer("chatml", SUNNY)
     assert parts[0] == f"<|im_start|>user\n{USER['content']}<|im_end|>\n" + answer("chatml", RAIN)
@@ -215,9 +237,7 @@ def test_assistant_speaks_first(make_tokenizer: Make) -> None:
 
 def test_template_that_knows_no_generation_prompt(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer("chatml")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     rendered = render(tokenizer, [USER, SUNNY, AGAIN, RAIN])
     assert supervised_texts(tokenizer, rendered) == [answer("chatml", SUNNY), answer("chatml", RAIN)]
 
@@ -246,7 +266,7 @@ def test_template_that_hides_the_turn_is_refused(make_tokenizer: Make) -> None:
 
 
 def test_conversation_that_the_template_refuses(make_tokenizer: Make) -> None:
-    with pytest.raises(UsageError, match="R210: row 1: the chat template refuses.*must alternate"):
+    with pytest.raises(UsageError, match=r"R210: row 1: the chat template refuses.*must alternate"):
         render(make_tokenizer("mistral"), [USER, USER, SUNNY])
 
 
