@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -34,7 +33,6 @@ __all__ = [
     "apply_phase",
     "attach",
     "export_converts",
-    "initialize_eva",
     "load_adalora_state",
     "load_training_state",
     "optimizer_groups",
@@ -64,7 +62,7 @@ def attach(
     init_from: folder of an adapter to continue. total_steps: optimiser steps of the run, needed by AdaLoRA.
 
     Raises:
-        UsageError: R108 and R320 to R327, when the recipe asks for what this model or method cannot do.
+        UsageError: R108 and R320 to R327, R332, when the recipe asks for what this model or method cannot do.
     """
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -99,17 +97,6 @@ def export_converts(recipe: Recipe) -> bool:
     return adapter is not None and adapter.init_from is None and _changes_base(adapter.init_lora_weights)
 
 
-def initialize_eva(model: PeftModel, batches: Any) -> None:
-    """Start a LoRA with ``init_lora_weights: eva`` from the directions of its inputs (arXiv 2410.07170).
-
-    batches: re-iterable of {"input_ids": int64 [B, L], "attention_mask": int64 [B, L]}, a few dozen are enough.
-    """
-    from peft import initialize_lora_eva_weights
-
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False, gather_distributed_inputs=False)
-    _to_masters(model)
-
-
 def _unfreeze(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """Train the weights themselves: all, a part, or phase by phase."""
     trainable = recipe.train.trainable
@@ -142,6 +129,9 @@ def _start(model: PreTrainedModel, adapter: Adapter, total_steps: int | None) ->
     if adapter.method == "adalora":
         # PEFT would add its penalty to every loss that passes; ours is added once per step by `orthogonal_penalty`.
         adapted.base_model.forward = BaseTuner.forward.__get__(adapted.base_model)
+        for name, parameter in adapted.named_parameters():
+            if ".ranknum." in name:
+                parameter.requires_grad_(False)  # a constant, which PEFT thaws when it casts bf16 adapters to fp32
     return adapted
 
 

@@ -37,13 +37,15 @@ def selected(model: PreTrainedModel, trainable: Trainable) -> set[str]:
         if not found:
             raise UsageError("R326", f"train.trainable.patterns: {pattern} is in no parameter name like {names[-2]}")
         chosen |= found
-    if trainable.bias or trainable.add_bias:
+    if trainable.bias:
         biases = {name for name in names if name.endswith("bias")}
         if not biases:
-            raise UsageError("R326", "train.trainable.bias: this model has no bias", "train.trainable.add_bias=true")
+            raise UsageError(
+                "R326", "train.trainable.bias: this model has no bias", "set train.trainable.add_bias=true too"
+            )
         chosen |= biases
     if not chosen:
-        raise UsageError("R326", "train.trainable chooses no weights", "set last_blocks, patterns, bias or add_bias")
+        raise UsageError("R326", "train.trainable chooses no weights", "set last_blocks, patterns or bias")
     if getattr(model, "new_token_ids", None):
         chosen |= _embeddings(model)
     return chosen

@@ -30,9 +30,9 @@ VIRTUAL_TOKENS = ("prefix", "prompt", "p_tuning")
 TRAINS_TOKENS = ("lora", "adalora")
 """Methods whose PEFT config has ``trainable_token_indices``."""
 
-ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 MLP = re.compile(r"mlp|ffn|feed_?forward|expert|moe", re.IGNORECASE)
-INITIALISATIONS = re.compile(r"gaussian|pissa|pissa_niter_\d+|olora|loftq|eva|orthogonal")
+PLACES = {"all-linear": re.compile(""), "attention": re.compile(r"attn|attention", re.IGNORECASE), "mlp": MLP}
+"""Words for linear layers by the name of the module they stand in."""
 CHANGES_BASE = ("pissa", "olora")
 """Initialisations that take their part out of the base's weights; such adapters are converted when they are saved."""
 
@@ -50,7 +50,7 @@ def peft_config(
     of the run; AdaLoRA's schedule needs it.
 
     Raises:
-        UsageError: R108 or R321 (peft_args), R320 (target_modules), R322 (init_lora_weights), R325 (add_tokens).
+        UsageError: R108 or R321 (peft_args), R320 (target_modules), R322 (loftq), R325 (add_tokens).
     """
     kind = CONFIGS[adapter.method]
     known = [field.name for field in dataclasses.fields(kind)]
@@ -93,16 +93,13 @@ def target_modules(wanted: str | list[str], model: nn.Module) -> str | list[str]
         UsageError: R320, naming the model's linear layers, when a choice matches none of its modules.
     """
     linear = linear_layers(model)
-    if wanted == "all-linear":
-        return wanted
-    if wanted in ("attention", "mlp"):
-        pattern = ATTENTION if wanted == "attention" else MLP
-        chosen = [name for name in linear if pattern.search(name.rpartition(".")[0])]
-        short = {name.rpartition(".")[2] for name in chosen}
-        others = {name.rpartition(".")[2] for name in set(linear) - set(chosen)}
-        _need(chosen, wanted, linear)
-        return sorted(short) if short.isdisjoint(others) else chosen
     names = [name for name, _ in model.named_modules()]
+    if isinstance(wanted, str) and wanted in PLACES:
+        chosen = [name for name in linear if PLACES[wanted].search(name.rpartition(".")[0])]
+        _need(chosen, wanted, linear)
+        ends = {name.rpartition(".")[2] for name in chosen}
+        others = {name.rpartition(".")[2] for name in set(names) - set(chosen)}
+        return sorted(ends) if ends.isdisjoint(others) else chosen
     if isinstance(wanted, str):
         try:
             _need([name for name in names if re.fullmatch(wanted, name)], wanted, linear)
@@ -168,8 +165,6 @@ def _adalora(adapter: Adapter, model: PreTrainedModel, total_steps: int | None) 
 def _ia3(adapter: Adapter, model: PreTrainedModel, total_steps: int | None) -> dict[str, Any]:
     """IA3 scales what a layer gives or, for the last layer of an MLP, what it takes (arXiv 2205.05638, section 3.3)."""
     targets = target_modules(adapter.target_modules, model)
-    if targets == "all-linear":
-        targets = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
     width = model.config.hidden_size
     feedforward = [
         name
@@ -194,11 +189,6 @@ _OF_METHOD: dict[str, Callable[[Adapter, PreTrainedModel, int | None], dict[str,
 
 
 def _initialisation(wanted: bool | str, model: PreTrainedModel) -> bool | str:
-    if isinstance(wanted, bool):
-        return wanted
-    if not INITIALISATIONS.fullmatch(wanted):
-        known = "true, false, gaussian, pissa, pissa_niter_N, olora, loftq, eva, orthogonal"
-        raise UsageError("R322", f"adapter.init_lora_weights: {wanted} is not one of {known}")
     if wanted == "loftq":
         if not getattr(model, "is_loaded_in_4bit", False):
             raise UsageError(
