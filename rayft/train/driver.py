@@ -106,7 +106,7 @@ def _run(
     recipe, settled = prepared.recipe, prepared.settled
     folder.pin(base=settled.base_hash, data=settled.data_hash, template=settled.template_hash)
     launcher: Launcher = (
-        LocalLauncher(folder) if prepared.placement is None else RayLauncher(folder, recipe, prepared.placement)
+        LocalLauncher(folder, recipe) if prepared.placement is None else RayLauncher(folder, recipe, prepared.placement)
     )
     began = time.time()
     job = prepared.job(folder, answer)

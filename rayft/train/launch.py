@@ -12,6 +12,7 @@ from rayft.config.recipe import Recipe
 from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
 from rayft.train.recorder import Event, LocalSink, Recorder, Row
+from rayft.train.trackers import Trackers
 from rayft.train.worker import Job, ray_worker, run
 
 
@@ -38,6 +39,24 @@ class RunSink:
         return self._events.read_events()
 
 
+class RunRecorder(Recorder):
+    """The recorder of a run folder, which passes every row on to the trackers that the recipe names."""
+
+    def __init__(self, path: str, recipe: dict[str, Any]) -> None:
+        super().__init__(RunSink(path))
+        run_folder = RunFolder.open(path)
+        last = max((row["step"] for row in self.rows()), default=0)
+        names = recipe["train"]["report_to"]
+        self._trackers = Trackers(names, str(run_folder.scratch), run_folder.name, recipe, last)
+
+    def log(self, row: Row) -> None:
+        super().log(row)
+        self._trackers.log(row)
+
+    def close(self) -> None:
+        self._trackers.close()
+
+
 @dataclass(frozen=True)
 class Died:
     """Workers ended without a word of their own: a kill, a lost node, a crash below Python."""
@@ -53,9 +72,10 @@ class Died:
 class LocalLauncher:
     """`scale.workers: 0`: one worker in this process, without Ray."""
 
-    def __init__(self, run_folder: RunFolder) -> None:
+    def __init__(self, run_folder: RunFolder, recipe: Recipe) -> None:
         self.run_folder = run_folder
-        self.recording: Recording = LocalRecording(Recorder(RunSink(run_folder.path)))
+        recorder = RunRecorder(run_folder.path, recipe.model_dump(mode="json"))
+        self.recording: Recording = LocalRecording(recorder)
 
     def launch(self, job: Job) -> dict[str, Any] | Died:
         folder = self.run_folder.scratch / CHECKPOINTS
@@ -65,7 +85,7 @@ class LocalLauncher:
         return run(job, LocalContext(str(folder), self.recording, saved.add))
 
     def close(self) -> None:
-        pass
+        self.recording.ask("close")
 
 
 class _Kept:
@@ -97,7 +117,9 @@ class RayLauncher:
         self.run_folder, self.recipe, self.placement = run_folder, recipe, placement
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.actor = (
-            ray.remote(Recorder).options(num_cpus=0, scheduling_strategy=here).remote(RunSink(run_folder.path))
+            ray.remote(RunRecorder)
+            .options(num_cpus=0, scheduling_strategy=here)
+            .remote(run_folder.path, recipe.model_dump(mode="json"))
         )
         self.recording: Recording = ActorRecording(self.actor)
 
@@ -139,6 +161,7 @@ class RayLauncher:
     def close(self) -> None:
         import ray
 
+        self.recording.ask("close")
         ray.kill(self.actor)
 
 

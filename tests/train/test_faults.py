@@ -164,3 +164,13 @@ def test_an_interrupted_overwrite_loses_nothing(faulty: Faulty) -> None:
 def test_curves_are_compared_at_all() -> None:
     with pytest.raises(AssertionError):
         assert_same(Curve([1.0], [1.0]), Curve([1.00001], [1.0]))
+
+
+def test_tensorboard_has_every_step_once_after_a_crash(faulty: Faulty) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(faulty("crash_once", **{"train.report_to": ["tensorboard"]}))
+    board = EventAccumulator(f"{result.path}/tensorboard")
+    board.Reload()
+    logged = {event.step: event.value for event in board.Scalars("loss")}
+    assert logged == pytest.approx(dict(enumerate(curve_of(result.path).losses, start=1)))
