@@ -64,8 +64,9 @@ class ChatTemplate:
         thinking block that the template puts in, without what follows the end-of-turn token.
         Raises UsageError R211 when they cannot be found.
         """
-        start = self._start(self._attempt(messages[:index], tools, generation_prompt=True), text)
+        prompted = self._attempt(messages[:index], tools, generation_prompt=True)
         upto = self._attempt(messages[: index + 1], tools)
+        start = len(prompted) if prompted is not None and text.startswith(prompted) else None
         end = None
         if start is not None and upto is not None and text.startswith(upto):
             end = start + self._closed(upto[start:])
@@ -125,12 +126,6 @@ class ChatTemplate:
         """The end of a turn, given what follows its text: up to the first special token, else all that is not blank."""
         special = re.match(rf"\s*(?:{self._special})", tail)
         return special.group() if special else tail.rstrip() or tail
-
-    def _start(self, prompted: str | None, text: str) -> int | None:
-        """The length of the conversation before the turn, with its generation prompt, if the text begins with it."""
-        # With thinking switched off, or always on, the generation prompt opens a block that earlier turns do not have.
-        prefixes = [] if prompted is None else [prompted, _OPEN_THINKING.sub("", prompted)]
-        return next((len(prefix) for prefix in prefixes if text.startswith(prefix)), None)
 
     def _closed(self, turn: str) -> int:
         """The length of ``turn`` without what follows its end-of-turn token, such as ChatML's newline."""

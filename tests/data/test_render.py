@@ -258,6 +258,15 @@ def test_text_after_the_end_token_of_the_last_turn(make_tokenizer: Make) -> None
     assert supervised_texts(tokenizer, rendered) == [answer("chatml", SUNNY), answer("chatml", RAIN)]
 
 
+def test_tool_calls_that_end_with_a_token_of_their_own(make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer("chatml")
+    end = "{{- '<|eom_id|>\\n' if message.tool_calls else '<|im_end|>\\n' -}}\n    {%- endif -%}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{- '<|im_end|>\\n' -}}\n    {%- endif -%}", end)
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call><|eom_id|>'
+    rendered = render(tokenizer, [USER, CALL, RESULT, SUNNY])
+    assert supervised_texts(tokenizer, rendered) == [call, answer("chatml", SUNNY)]
+
+
 def test_template_that_hides_the_turn_is_refused(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer("chatml")
     template = "{{ messages | length }}{% for m in messages %}{{ m.content | upper }}{% endfor %}"
