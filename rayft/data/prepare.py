@@ -11,10 +11,9 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase
 
 from rayft.config.data import Data, Source
 from rayft.config.recipe import Recipe
@@ -26,6 +25,9 @@ from rayft.data.prepared import STATS, Prepared
 from rayft.data.render import Renderer, chat_template
 from rayft.data.sources import source_name
 from rayft.data.splits import split, write_prompts, write_split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VERSION = 1
 """Part of the hash. Raise it with every change of this package that changes prepared examples."""

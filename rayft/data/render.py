@@ -10,15 +10,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rayft.config.data import Data
 from rayft.data.formats import Example
 from rayft.data.turns import ChatTemplate
 from rayft.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

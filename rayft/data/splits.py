@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rayft.config.data import Data
 from rayft.data.examples import Examples, Writer
 from rayft.data.pack import pack, positions
 from rayft.data.prepared import PROMPTS
 from rayft.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def split(sizes: Sequence[int], data: Data, seed: int) -> tuple[list[int], list[int]]:
