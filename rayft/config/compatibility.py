@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from rayft.config.adapter import Adapter
+from rayft.config.plain import leaves
 from rayft.config.recipe import Recipe
-from rayft.config.resolve import VIRTUAL_TOKEN_METHODS, leaves
+from rayft.config.resolve import VIRTUAL_TOKEN_METHODS
 from rayft.config.trainer_args import refusals
 from rayft.config.validate import Problem, refuse
 

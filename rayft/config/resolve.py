@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.representer import RoundTripRepresenter
-from ruamel.yaml.scalarstring import DoubleQuotedScalarString
-
 from rayft.config.data import as_sources
+from rayft.config.plain import block, leaves
 from rayft.config.recipe import Recipe
 from rayft.errors import UsageError
 
 Origin = Literal["user", "default", "derived"]
 
 VIRTUAL_TOKEN_METHODS = ("prefix", "prompt", "p_tuning")
-_DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt")
+_DATA_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".feather"),
+    *(".gz", ".bz2", ".zst", ".lz4"),
+)
 
 
 @dataclass(frozen=True)
@@ -38,33 +35,10 @@ class Resolved:
 
     def to_yaml(self) -> str:
         """The whole recipe as YAML; each line's comment says who decided the value. Loads back to the same recipe."""
-        yaml = YAML()
-        yaml.Representer = _Representer
-        yaml.width = 10**6  # a folded value would lose its comment
-        yaml.indent(mapping=2, sequence=4, offset=2)
-        stream = io.StringIO()
-        yaml.dump(self._commented(self.recipe.model_dump(mode="json"), ""), stream)
-        return stream.getvalue()
-
-    def _commented(self, node: dict[str, Any] | list[Any], path: str) -> CommentedMap | CommentedSeq:
-        result: Any = CommentedMap() if isinstance(node, dict) else CommentedSeq()
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            below = f"{path}.{key}" if path else str(key)
-            item = self._commented(value, below) if _is_branch(value) else _flow(value)
-            if isinstance(node, dict):
-                result[key] = item
-            else:
-                result.append(item)
-            if below in self.origin:
-                result.yaml_add_eol_comment(self.origin[below], key, column=60)
-        return result
-
-
-class _Representer(RoundTripRepresenter):
-    """Writes `null` where YAML also allows nothing at all."""
-
-
-_Representer.add_representer(type(None), lambda self, value: self.represent_scalar("tag:yaml.org,2002:null", "null"))
+        lines = []
+        for line, path in block(self.recipe.model_dump(mode="json")):
+            lines.append(f"{line:<59} # {self.origin[path]}" if path else line)
+        return "\n".join(lines) + "\n"
 
 
 def resolve(recipe: Recipe, user: dict[str, Any]) -> Resolved:
@@ -91,32 +65,6 @@ def resolve(recipe: Recipe, user: dict[str, Any]) -> Resolved:
     for path, _ in leaves(resolved.model_dump(mode="json")):
         origin[path] = "derived" if path in values else "user" if path in written else "default"
     return Resolved(resolved, origin)
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every value; lists of plain values and empty containers count as one value."""
-    if not _is_branch(node):
-        yield path, node
-        return
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield from leaves(value, f"{path}.{key}" if path else str(key))
-
-
-def _is_branch(node: Any) -> bool:
-    if isinstance(node, dict):
-        return bool(node)
-    return isinstance(node, list) and any(isinstance(item, dict) for item in node)
-
-
-def _flow(value: Any) -> Any:
-    """A value that stays on one line."""
-    if isinstance(value, str) and ("\n" in value or "\t" in value):
-        return DoubleQuotedScalarString(value)
-    if isinstance(value, list | dict):
-        flow = CommentedSeq(map(_flow, value)) if isinstance(value, list) else CommentedMap()
-        flow.fa.set_flow_style()
-        return flow
-    return value
 
 
 def _with_source_lists(user: dict[str, Any]) -> dict[str, Any]:

@@ -12,5 +12,10 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, use_attribute_docstrings=True, validate_default=True, validate_assignment=True
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        validate_assignment=True,
     )
