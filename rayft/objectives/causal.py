@@ -41,18 +41,21 @@ def install(model: Any, *, loss_function: LossFunction | None = None, chunk_rows
     stock_forward = model.forward
 
     @functools.wraps(stock_forward)  # `generate` reads the signature to know which inputs to prepare
+    @torch.compiler.disable(recursive=False)  # only what is called from here is compiled: the decoder, not the loss
     def forward(input_ids: Any = None, *, loss_weights: torch.Tensor | None = None, **inputs: Any) -> Any:
         if loss_weights is None:
             return stock_forward(input_ids=input_ids, **inputs)
 
+        @torch.compiler.disable
         def loss_of(head_forward: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
             def chunk_loss(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
                 return row_losses(tail(head_forward(rows)), targets, weights)
 
+            rows = _supervised(hidden, input_ids, loss_weights)
+            if _gathers_its_parts(head):
+                return chunk_loss(*rows)
             trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            return summed_over_chunks(
-                chunk_loss, *_supervised(hidden, input_ids, loss_weights), parameters=trainable, chunk_rows=chunk_rows
-            )
+            return summed_over_chunks(chunk_loss, *rows, parameters=trainable, chunk_rows=chunk_rows)
 
         with _computing(head, loss_of) as answers:
             stock_forward(input_ids=input_ids, **{"use_cache": False} | inputs)
@@ -79,6 +82,14 @@ def _computing(head: nn.Module, loss_of: Callable[..., torch.Tensor]) -> Iterato
         del head.forward
         if own is not None:
             head.forward = own
+
+
+def _gathers_its_parts(head: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers and releases parts of the head (LoRA matrices on it) one by one, forward and backward.
+
+    Their gradients can then be had from the backward pass only, so the logits of all supervised rows are kept.
+    """
+    return any(True for _ in head.children()) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def _supervised(

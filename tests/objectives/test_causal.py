@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -177,6 +179,34 @@ def test_no_weights_give_zero_loss_and_zero_gradients_everywhere(variant: str) -
     zero = gradients(model, loss)
     assert zero.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(not gradient.any() for gradient in zero.values())
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("variant", ["full, tied", "lora", "lora on the head"])
+def test_ddp_sees_every_parameter_once_also_without_weights(variant: str, one_process_group: None) -> None:
+    model, rows, none = VARIANTS[variant](), batch(), batch()
+    install(model, chunk_rows=4)
+    none["loss_weights"].zero_()
+    expected = gradients(model, model(**rows).loss)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    for inputs, weight in ((none, 0), (rows, 1), (none, 0), (rows, 1)):
+        gradients_now = gradients(model, parallel(**inputs).loss)
+        assert_same(gradients_now, {name: weight * gradient for name, gradient in expected.items()})
+
+
+def test_torch_compile_leaves_the_loss_alone() -> None:
+    model = lora(causal_model())
+    install(model, chunk_rows=4)
+    compiled = torch.compile(model, backend="eager", dynamic=True)
+    for seed in range(2):
+        rows = batch(seed=seed)
+        assert_same(gradients(model, compiled(**rows).loss), gradients(model, model(**rows).loss))
 
 
 def test_the_gradient_scales_with_what_the_caller_does_to_the_loss() -> None:
