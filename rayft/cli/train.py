@@ -37,9 +37,14 @@ def train(
 
             planned = plan(source, overrides)
             return Report(planned.to_json(), planned.to_rich())
+        if smoke:
+            from rayft.train.smoke import smoke as try_out
+
+            facts = try_out(source, overrides)
+            return Report(facts, facts_table(facts, "trained, saved, reloaded and generated"))
         from rayft.train import fit
 
-        return _trained(fit(source, overrides, mode=mode, smoke=smoke))
+        return _trained(fit(source, overrides, mode=mode))
 
     execute(work, json, debug)
 

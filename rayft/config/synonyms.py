@@ -167,7 +167,6 @@ TABLE: tuple[Synonym, ...] = (
     Synonym("evaluation_strategy", (HF,), "train.eval_steps"),
     Synonym("eval_strategy", (HF, TRL, LLAMA_FACTORY), "train.eval_steps"),
     Synonym("save_strategy", (HF, TRL, LLAMA_FACTORY), "train.save_steps"),
-    Synonym("load_best_model_at_end", (HF,), "", "The best checkpoint is always kept: refer to it as run:NAME@best"),
     Synonym("log_every_n_steps", (TORCHTUNE,), "train.logging_steps"),
     Synonym("metric_logger", (TORCHTUNE,), "train.report_to"),
     Synonym("wandb_project", (AXOLOTL,), "train.report_to", "Write [wandb]; the project comes from WANDB_PROJECT"),

@@ -58,7 +58,6 @@ REFUSED: dict[str, str] = {
     "save_only_model": _RESUME,
     "save_on_each_node": _FOLDER,
     "enable_jit_checkpoint": "rayft saves on a preemption notice itself",
-    "load_best_model_at_end": "the best checkpoint is kept beside the last; refer to it as run:NAME@best",
     "metric_for_best_model": "the best checkpoint is the one with the lowest validation loss",
     "greater_is_better": "the best checkpoint is the one with the lowest validation loss",
     "eval_strategy": "write train.eval_steps",

@@ -108,17 +108,17 @@ def test_shell_completion_is_there() -> None:
 def test_train_passes_recipe_overrides_and_mode(invoke: Invoke, fit: dict[str, Any]) -> None:
     done = invoke("train", "recipe.yaml", "train.epochs=2", "--new", "adapter=null")
     assert done.exit_code == 0, done.stderr
-    assert fit["calls"] == [("recipe.yaml", ["train.epochs=2", "adapter=null"], {"mode": "new", "smoke": False})]
+    assert fit["calls"] == [("recipe.yaml", ["train.epochs=2", "adapter=null"], {"mode": "new"})]
     assert "/runs/one" in done.stdout and "0.25" in done.stdout
     assert "rayft evaluate /runs/one" in done.stdout
 
 
 def test_train_needs_no_recipe_and_a_path_may_hold_an_equals_sign(invoke: Invoke, fit: dict[str, Any]) -> None:
-    invoke("train", *MINIMAL, "--smoke")
+    invoke("train", *MINIMAL)
     invoke("train", "runs/lr=1/recipe.yaml", "--resume")
     assert fit["calls"] == [
-        (None, MINIMAL, {"mode": "fail", "smoke": True}),
-        ("runs/lr=1/recipe.yaml", [], {"mode": "resume", "smoke": False}),
+        (None, MINIMAL, {"mode": "fail"}),
+        ("runs/lr=1/recipe.yaml", [], {"mode": "resume"}),
     ]
 
 
@@ -206,6 +206,15 @@ def test_dry_run_starts_nothing(invoke: Invoke, fit: dict[str, Any], monkeypatch
     monkeypatch.setattr(rayft.train, "dry_run", lambda source, overrides: Plan(), raising=False)
     assert invoke("train", "recipe.yaml", "--dry-run").stdout == "three steps\n"
     assert json.loads(invoke("train", "recipe.yaml", "--dry-run", "--json").stdout) == {"steps": 3}
+    assert fit["calls"] == []
+
+
+def test_smoke_prints_what_it_found(invoke: Invoke, fit: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import rayft.train.smoke
+
+    monkeypatch.setattr(rayft.train.smoke, "smoke", lambda source, overrides: {"loss": 2.5, "answer": "hi"})
+    assert json.loads(invoke("train", "recipe.yaml", "--smoke", "--json").stdout) == {"loss": 2.5, "answer": "hi"}
+    assert "2.5" in invoke("train", "recipe.yaml", "--smoke").stdout
     assert fit["calls"] == []
 
 
