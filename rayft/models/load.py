@@ -94,7 +94,7 @@ def load_tokenizer(recipe: Recipe, folder: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing finer
         raise UsageError("R316", f"model.base: cannot load the tokenizer of {folder}: {error}") from error
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = _chat_template(recipe.data.chat_template)

@@ -50,7 +50,7 @@ def peft_config(
     of the run; AdaLoRA's schedule needs it.
 
     Raises:
-        UsageError: R108 or R321 (peft_args), R320 (target_modules), R322 (loftq), R325 (add_tokens).
+        UsageError: R108 or R321 (peft_args), R320 (target_modules), R322 (loftq), R323 (DoRA on int8), R325 (add_tokens).
     """
     kind = CONFIGS[adapter.method]
     known = [field.name for field in dataclasses.fields(kind)]
@@ -135,6 +135,12 @@ def _nothing(adapter: Adapter, model: PreTrainedModel, total_steps: int | None) 
 
 
 def _lora(adapter: Adapter, model: PreTrainedModel, total_steps: int | None) -> dict[str, Any]:
+    if adapter.use_dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+        raise UsageError(
+            "R323",
+            "adapter.use_dora on an int8 base on a CPU: PEFT loses the scales of the weights after the first step",
+            "model.quantization=nf4",
+        )
     return {
         "r": adapter.rank,
         "lora_alpha": _whole(adapter.alpha),

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from rayft.errors import UsageError
 from rayft.models import adapters, load
 from rayft.models.save import load_trained
 
@@ -75,8 +76,10 @@ def test_evaluating_between_steps_changes_nothing(
 def test_other_methods_train_on_a_quantised_base(
     adapter, dtype, quantization, tiny_model_folder, make_recipe, train_steps
 ):
-    if adapter.get("method") in ("ia3", "prompt"):
-        adapter = {"rank": 16} | adapter
+    if quantization == "int8" and "use_dora" in adapter:
+        with pytest.raises(UsageError, match="R323"):
+            attached(tiny_model_folder, make_recipe, quantization, dtype, **adapter)
+        return
     model, _ = attached(tiny_model_folder, make_recipe, quantization, dtype, **adapter)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     train_steps(model, lr=0.1, dtype=dtype)
