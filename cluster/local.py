@@ -121,6 +121,8 @@ def main() -> int:
     client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
     environment = {**os.environ, **client, "RAY_USAGE_STATS_ENABLED": "0"}
     environment.pop("RAY_ADDRESS", None)
+    # A job's `python` is this one.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     gcs, dashboard, ray_client, *ports = free_ports(3 + 4 * options.nodes)
     processes: list[subprocess.Popen[bytes]] = []
     try:

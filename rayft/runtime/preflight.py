@@ -137,7 +137,7 @@ def nodes_that_miss(storage: str, nodes: Sequence[Node], timeout: float = 20) ->
 
     Path(storage).mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=storage, prefix=".seen-") as probe:
-        sees = ray.remote(os.path.exists).options(num_cpus=0, max_retries=0)
+        sees = ray.remote(num_cpus=0, max_retries=0)(exists_there)
         answers = {
             sees.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
                 probe.name
@@ -146,6 +146,11 @@ def nodes_that_miss(storage: str, nodes: Sequence[Node], timeout: float = 20) ->
         }
         ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=timeout)
         return [answers[answer] for answer in ready if not ray.get(answer)]
+
+
+def exists_there(path: str) -> bool:
+    """Runs on the other node."""
+    return os.path.exists(path)
 
 
 def _nodes(cluster: Cluster) -> str:
