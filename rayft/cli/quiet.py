@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 SETTINGS = {
@@ -15,8 +16,17 @@ SETTINGS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+TALKATIVE = ("DeepSpeed", "bitsandbytes.backends.cpu.ops")
+"""Loggers that warn, at import, about an accelerator or a kernel that is simply not there."""
+
 
 def quiet() -> None:
-    """No telemetry, no usage report, no progress bars but ours."""
+    """No telemetry, no usage report, no progress bars but ours, no warnings about absent hardware."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    for name in TALKATIVE:
+        logging.getLogger(name).addFilter(_errors_only)  # DeepSpeed sets its own level later; a filter stays
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR

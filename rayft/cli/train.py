@@ -13,6 +13,12 @@ from rayft.cli.quiet import quiet
 from rayft.cli.words import Debug, Json, Words, split
 from rayft.errors import UsageError
 
+HIDDEN = (
+    *("time", "seconds", "learning_rate", "padding_tokens", "seconds_per_step", "supervised_tokens_per_second"),
+    *("padding_share", "data_share", "report_share"),
+)
+"""Scalars that metrics.jsonl, --json and the report have, but that nobody needs at the end of a run."""
+
 Mode = Literal["fail", "resume", "overwrite", "new"]
 
 
@@ -102,7 +108,12 @@ def _mode(resume: bool, overwrite: bool, new: bool) -> Mode:
 def _trained(result: Any) -> Report:
     """The end of a training run: where it lies, its last numbers, what to do next."""
     data = {"path": str(result.path), "kind": result.kind, "state": result.state, "metrics": dict(result.metrics)}
-    facts = {"run": data["path"], "state": result.state, "trained": result.kind, **result.metrics}
+    shown = {
+        name: value
+        for name, value in result.metrics.items()
+        if name not in HIDDEN and not name.startswith("grad_norm") and not isinstance(value, list | dict)
+    }
+    facts = {"run": data["path"], "state": result.state, "trained": result.kind, **shown}
     stopped = result.state == "stopped"
     following = "rayft train --resume with the same recipe goes on" if stopped else f"rayft evaluate {result.path}"
     return Report(data, Group(facts_table(facts), Text(f"next: {following}")), STOPPED if stopped else 0)
