@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +49,7 @@ def execute(work: Callable[[], Report], as_json: bool = False, debug: bool = Fal
         _fail("R000", message, "run again with --debug for the traceback", 1, as_json, debug)
     else:
         if as_json:
-            print(json.dumps(report.data, default=str, allow_nan=False))
+            print(json.dumps(_without_nan(report.data), default=str, allow_nan=False))
         else:
             # Text is meant to be copied, so it is never wrapped; tables fit the terminal.
             Console().print(report.text, soft_wrap=isinstance(report.text, str | Text))
@@ -64,6 +65,15 @@ def facts_table(facts: Mapping[str, Any], title: str | None = None) -> Table:
     for name, value in facts.items():
         table.add_row(name, Text(f"{value:.6g}" if isinstance(value, float) else str(value)))
     return table
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain data that strict JSON can hold: nan and inf become null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fail(id: str, message: str, hint: str | None, exit_code: int, as_json: bool, debug: bool) -> None:

@@ -19,14 +19,18 @@ HIDDEN = (
 )
 """Scalars that metrics.jsonl, --json and the report have, but that nobody needs at the end of a run."""
 
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run of this name.")]
+New = Annotated[bool, typer.Option("--new", help="Append -2, -3, ... to a name in use.")]
+
 Mode = Literal["fail", "resume", "overwrite", "new"]
 
 
 def train(
     words: Words = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run of this name.")] = False,
-    new: Annotated[bool, typer.Option("--new", help="Append -2, -3, ... to a name in use.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    new: New = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, plan and memory; start nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Three steps, save, reload and generate.")] = False,
     json: Json = False,
@@ -71,8 +75,14 @@ def evaluate(words: Words = None, json: Json = False, debug: Debug = False) -> N
 
 def submit(
     words: Words = None,
-    address: Annotated[str, typer.Option(help="Dashboard of the cluster, such as http://head:8265.")] = "",
+    address: Annotated[
+        str | None,
+        typer.Option(help="Dashboard of the cluster, such as http://head:8265; else $RAY_API_SERVER_ADDRESS."),
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print the job's log until it ends.")] = True,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    new: New = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -80,12 +90,11 @@ def submit(
 
     def work() -> Report:
         source, overrides = split(words)
-        if source is None:
-            raise UsageError("R110", "rayft submit needs a recipe", "rayft submit recipe.yaml --address URL")
+        mode = _mode(resume=resume, overwrite=overwrite, new=new)
         quiet()
         from rayft.runtime.jobs import submit as submit_job
 
-        job = submit_job(source, overrides, address=address or None, follow=follow)
+        job = submit_job(source, overrides, address=address, follow=follow, mode=mode)
         return Report(job, facts_table(job))
 
     execute(work, json, debug)

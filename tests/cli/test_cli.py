@@ -218,6 +218,46 @@ def test_smoke_prints_what_it_found(invoke: Invoke, fit: dict[str, Any], monkeyp
     assert fit["calls"] == []
 
 
+def test_not_a_number_is_null_in_json(invoke: Invoke, fit: dict[str, Any]) -> None:
+    fit["answer"] = lambda: Trained(metrics={"loss": float("nan")})
+    assert json.loads(invoke("train", "recipe.yaml", "--json").stdout)["metrics"] == {"loss": None}
+
+
+def test_evaluate_prints_the_score(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rayft.evaluate
+
+    class Score:
+        def __init__(self, *words: Any) -> None:
+            self.words = words
+
+        def to_json(self) -> dict[str, Any]:
+            return {"words": self.words}
+
+        def to_rich(self) -> str:
+            return "a table"
+
+    monkeypatch.setattr(rayft.evaluate, "score", Score)
+    done = invoke("evaluate", "run:one", "evaluate.limit=5", "--json")
+    assert json.loads(done.stdout) == {"words": ["run:one", ["evaluate.limit=5"]]}
+    assert invoke("evaluate", "run:one").stdout == "a table\n"
+
+
+def test_submit_passes_address_and_mode(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rayft.runtime.jobs
+
+    monkeypatch.setattr(
+        rayft.runtime.jobs, "submit", lambda source, overrides, **rest: {"job": source, "words": overrides, **rest}
+    )
+    done = invoke("submit", "r.yaml", "seed=3", "--address", "http://head:8265", "--no-follow", "--resume", "--json")
+    assert json.loads(done.stdout) == {
+        "job": "r.yaml",
+        "words": ["seed=3"],
+        "address": "http://head:8265",
+        "follow": False,
+        "mode": "resume",
+    }
+
+
 def test_recipe_show_prints_yaml_that_loads_back(invoke: Invoke, tmp_path: Path) -> None:
     long = tmp_path / ("x" * 150 + ".jsonl")
     done = invoke("recipe", "show", "model.base=m", f"data.train={long}")
