@@ -50,7 +50,7 @@ def peft_config(
     of the run; AdaLoRA's schedule needs it.
 
     Raises:
-        UsageError: R108 or R321 (peft_args), R320 (target_modules), R322 (loftq), R323 (DoRA on int8), R325 (add_tokens).
+        UsageError: R108 or R321 (peft_args), R320 (target_modules), R322 (LoftQ), R323 (DoRA), R325 (add_tokens).
     """
     kind = CONFIGS[adapter.method]
     known = [field.name for field in dataclasses.fields(kind)]

@@ -104,5 +104,5 @@ def test_a_known_token_is_refused(tiny_model_folder, make_recipe):
 def test_methods_without_token_rows_refuse_new_tokens(tiny_model_folder, make_recipe):
     recipe = make_recipe(tiny_model_folder, model={"add_tokens": NEW}, adapter={"method": "ia3"})
     tokenizer = load.load_tokenizer(recipe, tiny_model_folder)
-    with pytest.raises(UsageError, match="R325.*ia3"):
+    with pytest.raises(UsageError, match=r"R325.*ia3"):
         adapters.attach(load.load_base(recipe, tiny_model_folder), recipe, tokenizer)
