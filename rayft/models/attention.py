@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -30,6 +30,17 @@ def suits(config: Any) -> bool:
     if layer_types is None:
         return getattr(text, "sliding_window", None) is None and getattr(text, "attention_chunk_size", None) is None
     return set(layer_types) == {"full_attention"}
+
+
+def install(model: PreTrainedModel) -> bool:
+    """Use this attention in a model that runs on stock `sdpa` and that it suits; returns whether it does.
+
+    Not for a model that will be compiled: the number of calls depends on the data.
+    """
+    if model.config.get_text_config()._attn_implementation != "sdpa" or not suits(model.config):
+        return False
+    model.set_attn_implementation(NAME)
+    return True
 
 
 def _mask(

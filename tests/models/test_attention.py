@@ -88,6 +88,14 @@ def test_two_packed_rows_without_a_mask_are_not_mixed_up() -> None:
     torch.testing.assert_close(causal(**inputs, use_cache=False).logits, expected)
 
 
+def test_is_installed_where_stock_sdpa_runs() -> None:
+    suitable, eager = model(), model()
+    eager.set_attn_implementation("eager")
+    assert attention.install(suitable) and suitable.config._attn_implementation == attention.NAME
+    assert not attention.install(eager) and eager.config._attn_implementation == "eager"
+    assert not attention.install(model("mistral", sliding_window=4))
+
+
 def test_sliding_windows_are_left_to_stock() -> None:
     assert not attention.suits(AutoConfig.for_model("mistral"))
     assert not attention.suits(AutoConfig.for_model("gemma3_text"))
