@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from rayft.config.choices import IN_BACKWARD, OPTIMISERS, SCHEDULES, require
 from rayft.config.section import Section
 
 Tracker = Literal["tensorboard", "mlflow", "wandb"]
@@ -107,6 +108,18 @@ class Train(Section):
     """Where scalars go besides metrics.jsonl; `[]` for nowhere."""
     trainer_args: dict[str, Any] = Field(default_factory=dict)
     """Any further field of `transformers.TrainingArguments`; fields that would break a promise are refused by name."""
+
+    @field_validator("optim")
+    @classmethod
+    def _known_optimiser(cls, value: str) -> str:
+        if value in IN_BACKWARD:
+            raise ValueError("it steps inside the backward pass, before the gradient of the global batch is complete")
+        return require(value, OPTIMISERS)
+
+    @field_validator("lr_scheduler_type")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        return require(value, SCHEDULES)
 
     @field_validator("micro_batch_size")
     @classmethod

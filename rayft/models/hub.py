@@ -107,6 +107,17 @@ def fetch(base: str, revision: str | None = None, resolve_run: Callable[[str], s
             return _fetch_hub(base, revision)
 
 
+def is_here(base: str) -> bool:
+    """Whether `fetch` would find the base on this machine without a download or a conversion."""
+    match kind_of(base):
+        case "alias":
+            return ALIASES[base].folder.exists()
+        case "folder":
+            return True
+        case _:
+            return False
+
+
 def kind_of(base: str) -> Kind:
     """What ``base`` names. A name that exists as a folder is that folder, even where the Hub has such a model too."""
     if base.startswith("run:"):

@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 from rayft.config.model import Model
 from rayft.config.recipe import Recipe
 from rayft.errors import UsageError
+from rayft.models import attention
 from rayft.models.quiet import quiet
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
@@ -151,6 +152,9 @@ def load_base(recipe: Recipe, folder: str, device: str = "cpu") -> PreTrainedMod
         recipe.model.quantization,
         recipe.model.bnb_4bit_use_double_quant,
     )
+    in_rows = recipe.data.padding_free or recipe.data.packing
+    if recipe.model.attn_implementation == "auto" and in_rows and not recipe.train.torch_compile:
+        attention.install(model)
     model.config.use_cache = False
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -45,6 +45,8 @@ class Preparation:
     base: str
     init_adapter: str | None
     settled: Settled
+    workers: int = 1
+    """The most workers there can be."""
 
     @property
     def data(self) -> Prepared:
@@ -53,11 +55,6 @@ class Preparation:
     @cached_property
     def schedule(self) -> StepSchedule:
         return StepSchedule.of(self.recipe, self.data.split("train"))
-
-    @property
-    def workers(self) -> int:
-        """The most workers there can be."""
-        return 1 if self.placement is None else self.placement.workers[1]
 
     def micro_batch_size(self) -> int:
         """Examples per forward pass: the recipe's, or as many of the longest as MICRO_TOKENS holds."""
@@ -90,21 +87,26 @@ class Preparation:
 
 def prepare(recipe: Recipe) -> Preparation:
     """Find the cluster and its room, fetch the base, render the data. Raises UsageError for what the user can fix."""
-    base = recipe.model.base
-    if base.startswith("run:"):
-        base = reference.resolve(base, recipe.storage).path
-    init = recipe.adapter.init_from if recipe.adapter else None
-    init_adapter = reference.resolve(init, recipe.storage).path if init else None
+    base, init_adapter = base_of(recipe)
     placement = None
     if recipe.scale.workers != 0:
         from rayft.runtime import preflight, session
 
         session.connect(recipe)
         placement = preflight.check(recipe)
-    device = _device_here(recipe) if placement is None else "gpu" if placement.use_gpu else "cpu"
+    device = device_here(recipe) if placement is None else "gpu" if placement.use_gpu else "cpu"
     settled = _elsewhere(placement, settle, recipe.model_dump(mode="json"), base, device)
     decided = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": settled.dtype})})
-    return Preparation(decided, placement, device, base, init_adapter, settled)
+    workers = placement.workers[1] if placement is not None else 1
+    return Preparation(decided, placement, device, base, init_adapter, settled, workers)
+
+
+def base_of(recipe: Recipe) -> tuple[str, str | None]:
+    """(base model, adapter to continue), with references to runs resolved to folders."""
+    base, init = recipe.model.base, recipe.adapter.init_from if recipe.adapter else None
+    if base.startswith("run:"):
+        base = reference.resolve(base, recipe.storage).fetch()
+    return base, reference.resolve(init, recipe.storage).fetch() if init else None
 
 
 def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
@@ -127,7 +129,7 @@ def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
     )
 
 
-def _device_here(recipe: Recipe) -> str:
+def device_here(recipe: Recipe) -> str:
     """Where a run without Ray computes."""
     if recipe.scale.device != "auto":
         return recipe.scale.device

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from rayft.config.recipe import Recipe
@@ -79,7 +81,20 @@ def training_arguments(
         raise UsageError(
             "R610", f"train.trainer_args: transformers.TrainingArguments has no field {', '.join(unknown)}"
         )
-    return TrainingArguments(**(arguments | train.trainer_args))
+    built = TrainingArguments(**(arguments | train.trainer_args))
+    if zero is not None and device == "cpu":
+        _count_processes(built)
+    return built
+
+
+def _count_processes(arguments: TrainingArguments) -> None:
+    """Tell accelerate how many processes there are: with DeepSpeed and no accelerator it takes itself for the only one,
+    so every rank would save, and losses would not be gathered."""
+    if dist.is_initialized():
+        state = arguments.distributed_state
+        state.backend = dist.get_backend()
+        state.num_processes, state.process_index = dist.get_world_size(), dist.get_rank()
+        state.local_process_index = int(os.environ["LOCAL_RANK"])
 
 
 def deepspeed_config(stage: int, *, offload: bool, dtype: str, universal: bool) -> dict[str, Any]:
