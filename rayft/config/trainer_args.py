@@ -144,16 +144,3 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str], library:
             lines.append(f"{where}.{name}: {library} has no such argument{meant}")
     if lines:
         raise UsageError("R108", "\n  ".join(lines))
-
-
-def check_value(key: str, given: str, known: Iterable[str], library: str) -> None:
-    """Check a value such as `train.optim` against the names that a library has.
-
-    Raises UsageError R105 with the nearest name.
-    """
-    choices = sorted(known)
-    if given in choices:
-        return
-    near = difflib.get_close_matches(given, choices, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else None
-    raise UsageError("R105", f"{key}: given {given!r}, {library} allows: {', '.join(choices)}", hint)

@@ -82,7 +82,7 @@ def _problem(parts: tuple[Part, ...], kind: str, item: Any, document: Document) 
     if kind == "extra_forbidden":
         return Problem("R104", f"{where}: unknown key, given {given(item['input'])}. {advice(parts)}")
     if kind == "value_error":
-        return Problem("R105", f"{where}: given {given(item['input'])}, but {item['ctx']['error']}")
+        return Problem("R105", f"{where}: given {given(item['input'])}; {item['ctx']['error']}")
     return Problem("R105", f"{where}: given {given(_value(document.data, parts))}, allowed: {allowed_at(parts)}")
 
 

@@ -9,10 +9,11 @@ import pytest
 
 from rayft.config import load
 from rayft.config.adapter import Adapter, AdapterMethod
+from rayft.config.choices import IN_BACKWARD, OPTIMISERS, SCHEDULES
 from rayft.config.compatibility import NOT_SET, SET, TABLE, UNUSED, check, facts_of, unverified
 from rayft.config.keys import allowed_at, keys
 from rayft.config.recipe import Recipe
-from rayft.config.trainer_args import PEFT_REFUSED, REFUSED, check_names, check_value
+from rayft.config.trainer_args import PEFT_REFUSED, REFUSED, check_names
 from rayft.errors import UsageError
 
 MINIMAL = ["model.base=org/model", "data.train=my.jsonl"]
@@ -57,6 +58,7 @@ MINIMAL = ["model.base=org/model", "data.train=my.jsonl"]
         (["train.objective=clm", "data.train_on=assistant"], "every token"),
         (["train.early_stopping_patience=2"], "validation loss"),
         (["train.eval_steps=5"], "nothing to evaluate"),
+        (["evaluate.metrics=[exact_match]"], "held-out"),
         (["train.dataloader_prefetch_factor=2"], "loader workers"),
         (["model.attn_implementation=flash_attention_2", "model.dtype=fp32"], "bf16 or fp16"),
         (["model.attn_implementation=flash_attention_2", "scale.device=cpu"], "GPU"),
@@ -175,9 +177,14 @@ def test_names_are_checked_against_a_signature() -> None:
     with pytest.raises(UsageError, match=r"adam_beta3.*did you mean adam_beta[12]") as caught:
         check_names("train.trainer_args", ["adam_beta3"], ["adam_beta1", "adam_beta2"], "TrainingArguments")
     assert caught.value.id == "R108"
-    check_value("train.optim", "sgd", ["sgd", "adamw_torch"], "transformers")
-    with pytest.raises(UsageError, match="adamw_torch"):
-        check_value("train.optim", "adamw", ["sgd", "adamw_torch"], "transformers")
+
+
+def test_optimisers_and_schedules_are_those_of_transformers() -> None:
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    assert {*OPTIMISERS, *IN_BACKWARD} == {name.value for name in OptimizerNames}
+    assert set(SCHEDULES) == {name.value for name in SchedulerType}
 
 
 def test_every_key_is_documented() -> None:
