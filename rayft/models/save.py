@@ -72,6 +72,16 @@ def load_trained(
     return model.eval(), tokenizer
 
 
+def cast_weights(folder: str | Path, dtype: str) -> None:
+    """Round the floating-point weights of a model folder to ``dtype`` (bf16, fp16, fp32), and note it in its config."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        tensors = {name: t.to(DTYPES[dtype]) if t.is_floating_point() else t for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text()) | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def _save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | None) -> None:
     origin: Origin = model.origin
     config = model.peft_config["default"]

@@ -28,16 +28,20 @@ class Failures:
     def spend(self, reason: str, detail: str) -> None:
         """Raise RunFailed R604 when the budget is used up."""
         if self.budget == 0:
-            raise RunFailed("R604", f"{reason}; scale.max_failures attempts are used up\n{detail}", "fix it and --resume")
+            raise RunFailed(
+                "R604", f"{reason}; scale.max_failures attempts are used up\n{detail}", "fix it and --resume"
+            )
         self.budget -= 1
 
 
-def run_to_end(launcher: Launcher, folder: RunFolder, job: Job, max_failures: int, on_divergence: str) -> dict[str, Any]:
+def run_to_end(
+    launcher: Launcher, folder: RunFolder, job: Job, max_failures: int, on_divergence: str
+) -> dict[str, Any]:
     """Launch attempts until one ends; returns the worker's facts.
 
     Out of memory: half the micro-batch, the same losses. Divergence: a rollback where the recipe says so. A dead worker
-    or an error: again from the latest checkpoint, `max_failures` times; but an error that repeats at the same step would
-    repeat for ever, and a mistake of the user is not tried twice.
+    or an error: again from the latest checkpoint, `max_failures` times; but an error that repeats at the same step
+    would repeat for ever, and a mistake of the user is not tried twice.
     Raises UsageError or RunFailed (R601 out of memory, R602 diverged, R603 repeated error, R604 too many failures).
     """
     failures = Failures(max_failures)
@@ -63,7 +67,7 @@ def _next(job: Job, told: list[dict[str, Any]], died: Died, failures: Failures, 
     if failure is not None and failure["cause"] == "refused":
         kind = UsageError if failure["exit_code"] == 2 else RunFailed
         raise kind(failure["id"], failure["detail"], failure["hint"])
-    if failure is not None and failure["cause"] == "oom" or failure is None and died.out_of_memory:
+    if (failure is not None and failure["cause"] == "oom") or (failure is None and died.out_of_memory):
         return replace(following, micro_batch_size=_halved(job, failure), reason="out of memory")
     if failure is not None and failure["cause"] == "diverged":
         _refuse_divergence(failure, failures, on_divergence)

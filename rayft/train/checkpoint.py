@@ -24,7 +24,7 @@ FACTS = "rayft.json"
 
 @dataclass(frozen=True)
 class Start:
-    """Where an attempt starts: `folder` None = from scratch. `skipped`: damaged checkpoints passed over, with reasons."""
+    """Where an attempt starts. `folder` None: from scratch. `skipped`: the damaged checkpoints passed over, and why."""
 
     folder: str | None
     facts: dict[str, Any]
@@ -94,7 +94,12 @@ def _convert(source: str, target: str, stage: int) -> None:
     with open(os.path.join(source, "latest")) as file:
         tag = file.read().strip()
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    command += ["--input_folder", os.path.join(source, tag), "--output_folder", os.path.join(building, f"{tag}_universal")]
+    command += [
+        "--input_folder",
+        os.path.join(source, tag),
+        "--output_folder",
+        os.path.join(building, f"{tag}_universal"),
+    ]
     if stage < 3:
         command.append("--inject_missing_state")
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -100,7 +100,9 @@ class ClusterCallback(TrainerCallback):
             self.context.recording.tell("log", {"kind": "train", **row})
         if verdict.kind == "none":
             return
-        self._event("divergence" if verdict.diverged else "warning", step=step, kind_of=verdict.kind, evidence=verdict.evidence)
+        self._event(
+            "divergence" if verdict.diverged else "warning", step=step, kind_of=verdict.kind, evidence=verdict.evidence
+        )
         if verdict.diverged and self.recipe.train.on_divergence != "warn":
             since = step if verdict.kind == "nan" else step - self.watch.limits.patience
             raise Diverged(step, since, verdict.kind, verdict.evidence)
@@ -118,7 +120,9 @@ class ClusterCallback(TrainerCallback):
         self._validation_loss, self._evaluated_at = loss, state.global_step
         control.should_save = control.should_save or best
         patience = self.recipe.train.early_stopping_patience
-        gain = best and (state.best_metric is None or state.best_metric - loss > self.recipe.train.early_stopping_threshold)
+        gain = best and (
+            state.best_metric is None or state.best_metric - loss > self.recipe.train.early_stopping_threshold
+        )
         self.without_gain = 0 if gain else self.without_gain + 1
         if patience is not None and self.without_gain >= patience:
             control.should_training_stop = control.should_save = True

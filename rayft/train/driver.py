@@ -30,7 +30,7 @@ ANSWER = "rayft.evaluate.answers:answer"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished training run. `metrics`: its last row, with the final validation loss where there is validation data."""
+    """A finished training run. `metrics`: the last value of each scalar, such as loss and validation_loss."""
 
     path: str
     name: str
@@ -45,9 +45,9 @@ class TrainResult:
 
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer), ready to generate."""
-        from rayft.models import load
+        from rayft.models.save import load_trained
 
-        return load.load_trained(self.folder)
+        return load_trained(self.folder)
 
 
 def fit(
@@ -119,7 +119,9 @@ def _run(
     step = chosen_step(facts, recipe.train.load_best_model_at_end)
     if facts["stopped"]:
         launcher.close()
-        raise RunStopped("R606", f"run {folder.name!r} was stopped at step {facts['step']} and saved", "--resume goes on")
+        raise RunStopped(
+            "R606", f"run {folder.name!r} was stopped at step {facts['step']} and saved", "--resume goes on"
+        )
     kind = export(folder, step, settled.dtype)
     rows, events = launcher.recording.ask("rows"), launcher.recording.ask("events")
     launcher.close()

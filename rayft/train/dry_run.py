@@ -17,7 +17,8 @@ from rayft.config.recipe import Recipe
 
 @dataclass(frozen=True)
 class DryRun:
-    """`values`: (dotted key, value, user | default | derived). `plan` and `memory` are empty where `missing` says why."""
+    """`values`: (dotted key, value, user | default | derived). `plan` and `memory` are empty where `missing` says why
+    not."""
 
     values: list[tuple[str, Any, str]]
     plan: dict[str, Any] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from rayft.errors import RunFailed
@@ -34,7 +33,9 @@ def export(folder: RunFolder, step: int, dtype: str) -> Literal["adapter", "mode
     """
     checkpoints = folder.checkpoints()
     if step not in checkpoints:
-        raise RunFailed("R605", f"run {folder.name!r} has no complete checkpoint of step {step}", "--resume saves it again")
+        raise RunFailed(
+            "R605", f"run {folder.name!r} has no complete checkpoint of step {step}", "--resume saves it again"
+        )
     source = locate(checkpoints[step])
     kind: Literal["adapter", "model"] = "adapter" if (source / "adapter_config.json").is_file() else "model"
     with folder.writing(kind) as target:
@@ -42,9 +43,9 @@ def export(folder: RunFolder, step: int, dtype: str) -> Literal["adapter", "mode
             if not name.startswith(TRAINING_STATE):
                 _copy(source / name, locate(target / name))
         if kind == "model" and dtype != "fp32":
-            from rayft.models import load
+            from rayft.models.save import cast_weights
 
-            load.cast_weights(str(target), dtype)
+            cast_weights(target, dtype)
     return kind
 
 

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rayft.config.train import Train
+from rayft.data import Examples
 from rayft.data.collate import collate
 from rayft.data.plan import worker_share
 from rayft.train.schedule import StepSchedule
-
-
-class Examples(Protocol):
-    """What `rayft.data` gives for one split: rows of input_ids int32[L] and loss_weights float32[L]; [-1] is the filler
-    of weight 0 that stands where a ragged step leaves a worker without an example."""
-
-    lengths: np.ndarray
-    weight_sums: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 class MicroBatches(Sampler[list[int]]):
@@ -75,7 +64,13 @@ def micro_steps(global_batch_size: int, workers: int, micro_batch_size: int) -> 
 
 
 def train_loader(
-    examples: Examples, batches: MicroBatches, settings: Train, *, padding_free: bool, pad_token_id: int, pin_memory: bool
+    examples: Examples,
+    batches: MicroBatches,
+    settings: Train,
+    *,
+    padding_free: bool,
+    pad_token_id: int,
+    pin_memory: bool,
 ) -> DataLoader[Any]:
     """The DataLoader of one worker; nothing in it depends on the global RNG."""
     return DataLoader(
@@ -96,7 +91,7 @@ def validation_batches(
 
     Sorted by length, so that padded batches waste little.
     """
-    order: Sequence[int] = np.argsort(examples.lengths, kind="stable").tolist()
+    order: list[int] = np.argsort(examples.lengths, kind="stable").tolist()
     for start in range(0, len(order), size * workers):
         indices = order[start + rank : start + size * workers : workers]
         indices += [-1] * (min(size, math.ceil(len(order[start : start + size * workers]) / workers)) - len(indices))

@@ -54,7 +54,9 @@ class Preparation:
 
     @cached_property
     def schedule(self) -> StepSchedule:
-        return StepSchedule.of(self.recipe, self.data.split("train"))
+        examples = self.data.split("train")
+        assert examples is not None
+        return StepSchedule.of(self.recipe, examples)
 
     def micro_batch_size(self) -> int:
         """Examples per forward pass: the recipe's, or as many of the longest as MICRO_TOKENS holds."""
@@ -147,7 +149,7 @@ def data_cache(recipe: Recipe) -> str:
 
 
 def _elsewhere(placement: Any, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Call in a Ray task with a worker's resources, or here where there is no cluster. Errors come as they were raised."""
+    """Call in a Ray task with a worker's resources, or here without a cluster. Errors come as they were raised."""
     if placement is None:
         return work(*arguments)
     import ray

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from rayft.config.recipe import Recipe
+from rayft.data import Examples
 from rayft.data.plan import step_plan
 
 
@@ -31,7 +31,7 @@ class StepSchedule:
     max_steps: int | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, examples: Any) -> StepSchedule:
+    def of(cls, recipe: Recipe, examples: Examples) -> StepSchedule:
         """The schedule of a recipe on its prepared training split."""
         return cls(
             lengths=examples.lengths,
@@ -64,7 +64,7 @@ class StepSchedule:
         return int(self.lengths[self.examples(step)].sum())
 
     def tokens_before(self, step: int) -> int:
-        """Real tokens of all steps before `step`. Every epoch takes every example once, so whole epochs are a product."""
+        """Real tokens of all steps before `step`."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch * int(self.lengths.sum()) + sum(
             self.tokens(epoch * self.steps_per_epoch + s) for s in range(within)

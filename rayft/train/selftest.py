@@ -39,7 +39,7 @@ def check_isolation(model: nn.Module, first: np.ndarray, second: np.ndarray, dty
     if not error < TOLERANCE[dtype]:
         raise RunFailed(
             "R612",
-            f"sequences that share a row see each other on this model and attention backend (logits differ by {error:.1e}, "
-            f"{TOLERANCE[dtype]:.0e} is rounding)",
+            "sequences that share a row see each other on this model and attention backend "
+            f"(logits differ by {error:.1e}, {TOLERANCE[dtype]:.0e} is rounding)",
             "set data.padding_free=false and data.packing=false, or another model.attn_implementation",
         )

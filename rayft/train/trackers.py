@@ -73,14 +73,18 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLfl
 class Trackers:
     """All trackers of a run behind the two methods of a sink that concern them."""
 
-    def __init__(self, names: Sequence[str], folder: str, run_name: str, recipe: dict[str, Any], from_step: int) -> None:
+    def __init__(
+        self, names: Sequence[str], folder: str, run_name: str, recipe: dict[str, Any], from_step: int
+    ) -> None:
         """Raises UsageError R613 for one that is not installed."""
         self._trackers: list[Tracker] = []
         for name in names:
             try:
                 self._trackers.append(TRACKERS[name](folder, run_name, recipe, from_step))  # type: ignore[call-arg]
             except ImportError as error:
-                raise UsageError("R613", f"train.report_to: {name} is not installed ({error})", f"pip install {name}") from error
+                raise UsageError(
+                    "R613", f"train.report_to: {name} is not installed ({error})", f"pip install {name}"
+                ) from error
 
     def log(self, row: Row) -> None:
         scalars = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 
 from rayft.config.recipe import Recipe
@@ -107,7 +107,7 @@ class RayftTrainer(Trainer):
         """LoRA+ has parameter groups of its own; the Trainer makes all others."""
         target = self.model if model is None else model
         groups = adapters.optimizer_groups(target, self.recipe)
-        if self.optimizer is None and groups is not None:
+        if groups is not None:
             kind, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = kind(groups, **arguments)
         return super().create_optimizer(model)
@@ -148,7 +148,9 @@ class RayftTrainer(Trainer):
         assert self.validation is not None
         with self.cluster.speed.pause():
             metrics = self._validation_loss(self.validation())
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            self.control: TrainerControl = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
         return metrics
 
     def _validation_loss(self, batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, float]:

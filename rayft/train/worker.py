@@ -118,7 +118,9 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     dtype = load.dtype_of(recipe, job.device)
 
     known = context.checkpoint()
-    start = checkpoint.choose(([known] if known else []) + list(job.resume), job.diverged and checkpoint.Diverged(*job.diverged))
+    start = checkpoint.choose(
+        ([known] if known else []) + list(job.resume), job.diverged and checkpoint.Diverged(*job.diverged)
+    )
     stage = strategy.ZERO_STAGE.get(recipe.scale.strategy)
     converted = checkpoint.universal(start, context.workers, tempfile.gettempdir(), stage) if stage else None
     arguments = strategy.training_arguments(  # before the model: ZeRO-3 shards the weights while they are loaded
@@ -160,8 +162,9 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         recipe=recipe,
         schedule=schedule,
         loader=loader.train_loader(examples, batches, recipe.train, pin_memory=job.device == "gpu", **rows),
-        validation=validation
-        and functools.partial(
+        validation=None
+        if validation is None
+        else functools.partial(
             loader.validation_batches, validation, context.workers, context.rank, job.micro_batch_size, **rows
         ),
         penalty=method.penalty,

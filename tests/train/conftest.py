@@ -10,7 +10,26 @@ from typing import Any
 
 import pytest
 
-WORDS = "order two pizzas for Anna send them to Garden Street on Friday please thank you now later maybe".split()
+WORDS = [
+    "order",
+    "two",
+    "pizzas",
+    "for",
+    "Anna",
+    "send",
+    "them",
+    "to",
+    "Garden",
+    "Street",
+    "on",
+    "Friday",
+    "please",
+    "thank",
+    "you",
+    "now",
+    "later",
+    "maybe",
+]
 
 
 def chat_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:

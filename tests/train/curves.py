@@ -45,10 +45,14 @@ def plain_loop(recipe: dict[str, Any], prepared: Prepared, adapt: Any, steps: in
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = torch.optim.SGD if train.get("optim") == "sgd" else torch.optim.AdamW
     optimizer = kind(trained, lr=train["learning_rate"], weight_decay=0.0)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(-(-0.03 * steps // 1)), num_training_steps=steps)
+    schedule = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=round(-(-0.03 * steps // 1)), num_training_steps=steps
+    )
     losses, norms = [], []
     for step in range(steps):
-        plans = step_plan(examples.lengths, train["global_batch_size"], recipe.get("seed", 17), step // _per_epoch(recipe, examples))
+        plans = step_plan(
+            examples.lengths, train["global_batch_size"], recipe.get("seed", 17), step // _per_epoch(recipe, examples)
+        )
         indices = plans[step % len(plans)]
         total = sum(float(examples[index]["loss_weights"].astype("float64").sum()) for index in indices)
         loss_of_step = 0.0

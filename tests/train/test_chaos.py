@@ -50,9 +50,7 @@ def test_a_killed_worker(faulty: Callable[..., Any], recipe: Recipes, ray_cluste
     assert len(events(killed.path, "worker")) == 4, "two workers, twice"
 
 
-def test_one_of_two_workers_out_of_memory(
-    faulty: Callable[..., Any], recipe: Recipes, ray_cluster: str
-) -> None:
+def test_one_of_two_workers_out_of_memory(faulty: Callable[..., Any], recipe: Recipes, ray_cluster: str) -> None:
     undisturbed = train(recipe(name="calm", **TWO | {"scale.workers": 0}))
     small = train(faulty("out_of_memory"))
     assert {event["cause"] for event in events(small.path, "failure")} == {"oom"}

@@ -115,7 +115,7 @@ def test_out_of_memory_with_one_example_names_remedies(faulty: Faulty, monkeypat
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(faulty: Faulty) -> None:
     plain = faulty("nan_once")
-    with pytest.raises(RunFailed, match="R602.*diverged at step 11"):
+    with pytest.raises(RunFailed, match=r"R602.*diverged at step 11"):
         train(plain)
     run = RunFolder.open(f"{plain['storage']}/nan-once")
     assert run.state == "failed" and max(run.checkpoints()) == 8
