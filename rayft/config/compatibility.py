@@ -123,8 +123,6 @@ TABLE: tuple[Row, ...] = (
         "the best checkpoint is the one with the lowest validation loss", "data.validation=0.1"),
     Row({"train.eval_steps": SET, "data.validation": NOT_SET},
         "there is nothing to evaluate on", "data.validation=0.1"),
-    Row({"evaluate.metrics": SET, "data.validation": NOT_SET},
-        "metrics are measured on held-out examples", "data.validation=0.1"),
     Row({"train.dataloader_prefetch_factor": SET, "train.dataloader_num_workers": NOT_SET},
         "only loader workers prefetch", "train.dataloader_num_workers=2"),
     # Kernels and number formats

@@ -58,7 +58,6 @@ MINIMAL = ["model.base=org/model", "data.train=my.jsonl"]
         (["train.objective=clm", "data.train_on=assistant"], "every token"),
         (["train.early_stopping_patience=2"], "validation loss"),
         (["train.eval_steps=5"], "nothing to evaluate"),
-        (["evaluate.metrics=[exact_match]"], "held-out"),
         (["train.dataloader_prefetch_factor=2"], "loader workers"),
         (["model.attn_implementation=flash_attention_2", "model.dtype=fp32"], "bf16 or fp16"),
         (["model.attn_implementation=flash_attention_2", "scale.device=cpu"], "GPU"),
