@@ -5,8 +5,8 @@
 
 Every line is a chat, ``{"messages": [system, user, assistant]}``. The five tools and their arguments are in `TOOLS`.
 An answer is found by reading the request (order numbers, products, colours) and by choosing from closed sets
-(reasons, days, times of day); nothing has to be calculated. The held-out requests are new ones: no text, no order
-number and none of the products in `HELDOUT_PRODUCTS` stands in the training file.
+(reasons, days, times of day); nothing has to be calculated. The held-out requests are new ones: none of their texts
+and none of their order numbers stands in the training file.
 
 The same arguments always write the same bytes.
 """
@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SYSTEM = "You are a shop assistant. Answer with one tool call in JSON."
+SYSTEM = "Answer with one tool call in JSON."
 
 TOOLS: dict[str, list[str]] = {
     "track_order": ["order_id"],
@@ -32,35 +31,27 @@ TOOLS: dict[str, list[str]] = {
 """Tool -> its arguments, in the order in which they are written."""
 
 PRODUCTS = [
-    "backpack", "desk lamp", "coffee grinder", "rain jacket", "water bottle", "yoga mat", "phone case", "keyboard",
-    "frying pan", "office chair", "tea kettle", "bike helmet", "blanket", "wall clock", "notebook", "umbrella",
-    "door mat", "toaster", "garden hose", "picture frame", "sleeping bag", "mixing bowl", "tent", "leather belt",
-    "flower pot", "cutting board", "pillow", "laundry basket", "suitcase", "sweater", "wallet", "candle",
-    "summer hat", "soup spoon", "table lamp", "hand mirror", "towel", "tool box", "bread knife", "shower curtain",
-    "lunch box", "dinner plate", "camera bag", "wine glass", "bath robe", "monitor stand", "door lock", "coat hanger",
-    "baseball cap", "jewelry box", "paint roller", "coffee mug", "night light", "chess board", "guitar", "dog collar",
-    "swim suit", "bird feeder", "bar stool", "travel pillow", "cookie jar", "steel whistle", "ice bucket", "puzzle",
-    "winter coat", "bottle opener", "steam iron", "book light", "cat bed", "floor rug", "paper lamp", "fruit basket",
-    "mouse pad", "ladder", "salad bowl", "key ring", "radio", "wool blanket", "rubber boot", "window blind",
+    "backpack", "desk lamp", "rain jacket", "water bottle", "yoga mat", "phone case", "keyboard", "office chair",
+    "tea kettle", "bike helmet", "blanket", "wall clock", "notebook", "umbrella", "toaster", "garden hose",
+    "picture frame", "sleeping bag", "tent", "leather belt", "cutting board", "pillow", "suitcase", "sweater",
 ]  # fmt: skip
-HELDOUT_PRODUCTS = PRODUCTS[::8]
 COLORS = ["red", "blue", "green", "black", "white", "grey", "yellow", "brown", "purple", "orange"]
 QUANTITIES = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday"]
 TIMES = {
     "morning": ["in the morning", "early in the day", "at breakfast time"],
     "afternoon": ["in the afternoon", "after lunch"],
-    "evening": ["in the evening", "after work", "late in the day"],
+    "evening": ["in the evening", "at dinner time"],
 }
 CANCEL_REASONS = {
     "changed_mind": ["I changed my mind", "I don't want it anymore", "I had second thoughts"],
-    "found_cheaper": ["I found it cheaper elsewhere", "another shop sells it for less", "I saw a better price"],
+    "found_cheaper": ["I found it cheaper elsewhere", "I saw it cheaper in a store", "I found a better price"],
     "too_slow": ["it takes too long", "it would arrive too late", "the delivery is too slow"],
     "duplicate": ["I ordered it twice", "I clicked the button twice", "it is a double order"],
 }
 RETURN_REASONS = {
     "damaged": ["it arrived broken", "it has a crack", "it was damaged in the mail"],
-    "wrong_color": ["the color is wrong", "it came in another color", "I asked for another color"],
+    "wrong_color": ["the color is wrong", "it came in the wrong color", "I asked for another color"],
     "wrong_size": ["it does not fit", "it is too small", "it is far too big"],
     "bad_quality": ["the quality is poor", "it feels cheap", "it fell apart after a day"],
 }
@@ -126,10 +117,10 @@ OPENINGS = ["", "", "", "Hi! ", "Hello. ", "Hey! ", "Good morning. ", "Hi there!
 CLOSINGS = ["", "", "", "", " Thanks!", " Thank you.", " Thanks a lot"]
 
 
-def request(rng: random.Random, tool: str, orders: range, products: list[str]) -> tuple[str, str]:
+def request(rng: random.Random, tool: str, orders: range) -> tuple[str, str]:
     """One request and its answer: (free text, JSON tool call)."""
     order = f"{rng.choice('ABCDEFGHKLMNPRSTUVWX')}{rng.choice(orders)}"
-    product, color, day = rng.choice(products), rng.choice(COLORS), rng.choice(DAYS)
+    product, color, day = rng.choice(PRODUCTS), rng.choice(COLORS), rng.choice(DAYS)
     count = rng.choice(list(QUANTITIES))
     time = rng.choice(list(TIMES))
     reasons = CANCEL_REASONS if tool == "cancel_order" else RETURN_REASONS
@@ -163,22 +154,17 @@ def request(rng: random.Random, tool: str, orders: range, products: list[str]) -
     return text, json.dumps(call)
 
 
-def chats(rng: random.Random, count: int, orders: range, products: list[str]) -> Iterator[dict[str, Any]]:
-    """`count` chats with different requests, the tools in turn."""
-    seen: set[str] = set()
-    tools = list(TOOLS)
-    while len(seen) < count:
-        text, answer = request(rng, tools[len(seen) % len(tools)], orders, products)
-        if text in seen or len(text) + len(answer) > MOST_LETTERS:
+def chats(rng: random.Random, count: int, orders: range, taken: set[str]) -> list[dict[str, Any]]:
+    """`count` chats, the tools in turn, with requests that are not in `taken`; they are added to it."""
+    made: list[dict[str, Any]] = []
+    while len(made) < count:
+        text, answer = request(rng, list(TOOLS)[len(made) % len(TOOLS)], orders)
+        if text in taken or len(text) + len(answer) > MOST_LETTERS:
             continue
-        seen.add(text)
-        yield {
-            "messages": [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": text},
-                {"role": "assistant", "content": answer},
-            ]
-        }
+        taken.add(text)
+        turns = {"system": SYSTEM, "user": text, "assistant": answer}
+        made.append({"messages": [{"role": role, "content": content} for role, content in turns.items()]})
+    return made
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -188,17 +174,17 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=320, help="chats in orders.jsonl (default %(default)s)")
+    parser.add_argument("--train", type=int, default=400, help="chats in orders.jsonl (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=100, help="chats in orders_heldout.jsonl (default %(default)s)")
     parser.add_argument("--seed", type=int, default=17, help="another seed, other requests (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write to")
     args = parser.parse_args()
 
     rng = random.Random(args.seed)
-    known = [product for product in PRODUCTS if product not in HELDOUT_PRODUCTS]
-    train = list(chats(rng, args.train, range(1000, 8000), known))
+    requests: set[str] = set()
+    train = chats(rng, args.train, range(1000, 8000), requests)
+    heldout = chats(rng, args.heldout, range(8000, 10000), requests)
     rng.shuffle(train)
-    heldout = list(chats(rng, args.heldout, range(8000, 10000), known + 3 * HELDOUT_PRODUCTS))
     args.out.mkdir(parents=True, exist_ok=True)
     write(args.out / "orders.jsonl", train)
     write(args.out / "orders_heldout.jsonl", heldout)
