@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,5 +146,11 @@ def _next(what: Subject) -> str:
     if what.trained is None:
         return "rayft train with the same recipe, then rayft evaluate again"
     if what.trained.run is None:
-        return f"rayft evaluate {what.trained.path} data.validation=YOUR.jsonl"
-    return f"rayft train {what.trained.run}/recipe.yaml name=mine data.train=YOUR.jsonl data.validation=0.1"
+        return f"rayft evaluate {_from_here(what.trained.path)} data.validation=YOUR.jsonl"
+    recipe = _from_here(f"{what.trained.run}/recipe.yaml")
+    return f"rayft train {recipe} name=mine data.train=YOUR.jsonl data.validation=0.1"
+
+
+def _from_here(path: str) -> str:
+    """Without the working directory, where the path lies below it."""
+    return path.removeprefix(f"{os.getcwd()}/")

@@ -59,7 +59,9 @@ class Score:
 
     def to_rich(self) -> RenderableType:
         """The table of numbers, the samples, where the weights lie and what to try next."""
-        parts: list[RenderableType] = [self._numbers()]
+        fewer = f", metrics on {self.answers} of them" if 0 < self.answers < self.examples else ""
+        title = Text(f"{self.subject} on {self.examples} held-out examples{fewer}", style="bold")
+        parts: list[RenderableType] = [title, self._numbers()]
         if self.samples:
             parts += ["", self._samples()]
         places = Table.grid(padding=(0, 2))
@@ -69,8 +71,7 @@ class Score:
         return Group(*parts, "", places)
 
     def _numbers(self) -> Table:
-        behind = f", {self.answers} answers" if self.answers else ""
-        table = Table(title=f"{self.subject}: {self.examples} held-out examples{behind}", title_justify="left")
+        table = Table()
         columns = [(name, side) for name, side in (("base", self.base), ("tuned", self.tuned)) if side is not None]
         table.add_column("")
         for name, _ in columns:
