@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,14 +75,13 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
         f"heavy = [name for name in {HEAVY} if name in sys.modules]\n"
         "assert not heavy, heavy\n"
     )
-    seconds = []
-    for _ in range(3):  # the best of three: other processes share the machine
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "rayft" in done.stdout and "train" in done.stdout
-    assert min(seconds) < 1
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "rayft" in done.stdout and "train" in done.stdout
+    # Processor time, not the clock: other processes share the machine that runs the tests.
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize(
