@@ -165,8 +165,8 @@ class Recorder:
             return repeated
 
     def snapshot(self, since: int = 0) -> dict[str, Any]:
-        """What changed after cursor `since`: {cursor, step (the last, -1 = none), rows (by step), events (in order; those
-        of an earlier driver were shown by it and are left out), restarts (of the whole run), stop}."""
+        """What changed after cursor `since`: {cursor, step (the last, -1 = none), rows (by step), events (in order),
+        restarts (of the whole run), stop}. Events of an earlier driver were shown by it and are left out."""
         with self._lock:
             return {
                 "cursor": self._cursor,
