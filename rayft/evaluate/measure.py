@@ -22,7 +22,6 @@ from rayft.metrics import perplexity
 from rayft.metrics.registry import compute
 from rayft.models.load import compute_context, dtype_of
 from rayft.objectives import causal
-from rayft.train.worker import imported
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of one forward pass, by the kind of device."""
@@ -93,7 +92,7 @@ def _with_objective(model: Any, recipe: Recipe) -> Iterator[None]:
     """In evaluation mode and able to take `loss_weights`; afterwards as it was."""
     training, forward = model.training, vars(model).get("forward")
     model.eval()
-    causal.install(model, loss_function=imported(recipe.train.loss_function))
+    causal.install(model, loss_function=causal.own_loss(recipe.train.loss_function))
     try:
         yield
     finally:

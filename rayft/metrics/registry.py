@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 
 from rayft.errors import UsageError
+from rayft.functions import load_function
 from rayft.metrics.texts import exact_match, exact_match_whitespace, json_match
 
 Metric = Callable[[Sequence[str], Sequence[str]], float]
@@ -31,8 +28,7 @@ def named(name: str) -> Metric:
     """
     if name in METRICS:
         return METRICS[name]
-    place, colon, function = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
         own = "write package.module:function or file.py:function for your own"
         raise UsageError(
@@ -40,13 +36,7 @@ def named(name: str) -> Metric:
             f"evaluate.metrics: there is no metric {name!r}; there are {', '.join(METRICS)}",
             f"did you mean {near[0]}?" if near else own,
         )
-    try:
-        metric = getattr(_module(place), function, None)
-    except Exception as error:  # importing the user's module runs the user's code
-        raise UsageError("R701", f"evaluate.metrics: cannot import {place}: {type(error).__name__}: {error}") from error
-    if not callable(metric):
-        raise UsageError("R701", f"evaluate.metrics: {place} has no function {function!r}")
-    return metric
+    return load_function(name, "evaluate.metrics", "R701")
 
 
 def label(name: str) -> str:
@@ -74,13 +64,3 @@ def compute(names: Sequence[str], predictions: Sequence[str], references: Sequen
 def finite(value: float) -> float | None:
     """The value for JSON, which has no nan and no inf."""
     return value if math.isfinite(value) else None
-
-
-def _module(place: str) -> ModuleType:
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-    assert spec is not None and spec.loader is not None  # given for every name that ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from rayft.functions import load_function
 from rayft.objectives.chunks import summed_over_chunks
 from rayft.objectives.cross_entropy import weighted_cross_entropy
 from rayft.objectives.tail import Tail
@@ -21,6 +22,11 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 
 CHUNK_ROWS = 256
 """Rows of logits alive at a time: enough for an efficient matmul, an eighth of a batch of 8 x 256 tokens."""
+
+
+def own_loss(spec: str | None) -> LossFunction | None:
+    """The function that `train.loss_function` names, None for the standard loss. Raises UsageError R614."""
+    return None if spec is None else load_function(spec, "train.loss_function", "R614")
 
 
 def install(model: Any, *, loss_function: LossFunction | None = None, chunk_rows: int = CHUNK_ROWS) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rayft.config import compatibility
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
+from rayft.functions import load_function
+from rayft.metrics import registry
 from rayft.runs import reference
 from rayft.runs.folder import RunFolder
 from rayft.runs.storage import locate
@@ -96,7 +99,13 @@ def prepare(recipe: Recipe) -> Preparation:
 
         session.connect(recipe)
         placement = preflight.check(recipe)
+    device: Literal["cpu", "gpu"]
     device = device_here(recipe) if placement is None else "gpu" if placement.use_gpu else "cpu"
+    compatibility.check(recipe, device)
+    for name in recipe.evaluate.metrics:
+        registry.named(name)
+    if recipe.train.loss_function:  # looked up before anything starts; each worker loads it again
+        load_function(recipe.train.loss_function, "train.loss_function", "R614")
     settled = _elsewhere(placement, settle, recipe.model_dump(mode="json"), base, device)
     decided = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": settled.dtype})})
     workers = placement.workers[1] if placement is not None else 1
@@ -115,10 +124,12 @@ def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
     """On a node like a worker's: fetch the base, render the data, decide the number format."""
     from rayft.data.prepare import prepare as prepare_data
     from rayft.models import hub, identity, load
+    from rayft.train.strategy import check_trainer_args
     from rayft.train.worker import quiet
 
     quiet()
     recipe = Recipe.model_validate(recipe_data)
+    check_trainer_args(recipe)
     folder = hub.fetch(base, recipe.model.revision)
     tokenizer = load.load_tokenizer(recipe, folder)
     data = prepare_data(recipe, tokenizer, data_cache(recipe))
@@ -131,7 +142,7 @@ def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
     )
 
 
-def device_here(recipe: Recipe) -> str:
+def device_here(recipe: Recipe) -> Literal["cpu", "gpu"]:
     """Where a run without Ray computes."""
     if recipe.scale.device != "auto":
         return recipe.scale.device

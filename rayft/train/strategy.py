@@ -32,7 +32,6 @@ def training_arguments(
 
     folder: local scratch of this worker. dtype: "bf16", "fp16" or "fp32", resolved. device: "cpu" or "gpu".
     universal: a ZeRO checkpoint of another number of workers, converted, is about to be loaded.
-    Raises UsageError R610 for a name in `train.trainer_args` that transformers does not know.
     """
     train = recipe.train
     zero = ZERO_STAGE.get(recipe.scale.strategy)
@@ -76,15 +75,24 @@ def training_arguments(
         arguments["deepspeed"] = deepspeed_config(zero, offload=recipe.scale.offload, dtype=dtype, universal=universal)
     if recipe.scale.strategy == "fsdp":
         arguments |= {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
-    known = set(inspect.signature(TrainingArguments).parameters)
-    if unknown := sorted(set(train.trainer_args) - known):
-        raise UsageError(
-            "R610", f"train.trainer_args: transformers.TrainingArguments has no field {', '.join(unknown)}"
-        )
     built = TrainingArguments(**(arguments | train.trainer_args))
     if zero is not None and device == "cpu":
         _count_processes(built)
     return built
+
+
+def check_trainer_args(recipe: Recipe) -> None:
+    """Raise UsageError R610 for a name or value in `train.trainer_args` that transformers does not take."""
+    given = recipe.train.trainer_args
+    known = set(inspect.signature(TrainingArguments).parameters)
+    if unknown := sorted(set(given) - known):
+        raise UsageError(
+            "R610", f"train.trainer_args: transformers.TrainingArguments has no field {', '.join(unknown)}"
+        )
+    try:
+        TrainingArguments(**{"output_dir": "unused", "use_cpu": True} | given)
+    except (TypeError, ValueError) as error:
+        raise UsageError("R610", f"train.trainer_args: transformers refuses {given}: {error}") from error
 
 
 def _count_processes(arguments: TrainingArguments) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
 import os
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rayft.config.recipe import Recipe
 from rayft.errors import RayftError
+from rayft.functions import load_function
 from rayft.train.context import ActorRecording, Context, RayContext
 
 if TYPE_CHECKING:
@@ -137,13 +136,14 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     set_seed(recipe.seed)
     model = load.load_base(recipe, folder, device=str(arguments.device))
     model = adapters.attach(model, recipe, tokenizer, init_from=job.init_adapter, total_steps=schedule.total_steps)
-    causal.install(model, loss_function=imported(recipe.train.loss_function))
+    causal.install(model, loss_function=causal.own_loss(recipe.train.loss_function))
     if (recipe.data.padding_free or recipe.data.packing) and stage != 3 and len(examples) > 1:
         with load.compute_context(dtype, job.device):
             selftest.check_isolation(model, examples[0]["input_ids"], examples[1]["input_ids"], dtype)
 
     trainable, total = adapters.parameter_counts(model)
-    answer = imported(job.answer) if validation is not None and stage != 3 else None
+    answers = validation is not None and stage != 3
+    answer = load_function(job.answer, "answer", "R614") if job.answer and answers else None
     method = methods.MethodCallback(model, recipe, schedule.total_steps)
     control = ClusterCallback(
         recipe=recipe,
@@ -209,21 +209,6 @@ def peak_memory(device: str) -> int:
     from rayft.train.speed import peak_process_memory
 
     return peak_process_memory()
-
-
-def imported(path: str | None) -> Callable[..., Any] | None:
-    """The function at `package.module:function` or `/folder/file.py:function`."""
-    if path is None:
-        return None
-    module_name, _, name = path.rpartition(":")
-    if module_name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(os.path.basename(module_name)[:-3], module_name)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(module_name)
-    return getattr(module, name)
 
 
 def quiet() -> None:
