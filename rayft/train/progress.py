@@ -88,6 +88,7 @@ class Progress:
         self._state = State(total_steps)
         self._cursor = 0
         self._lost = False
+        self._failed = False
 
     def run(self, poll: Poll, stop: threading.Event) -> None:
         """Poll and show until `stop` is set; then once more, so that the last line is complete.
@@ -159,10 +160,18 @@ class Progress:
                 self._say(f"diverged at step {step}: {event.get('evidence', '')}", "red")
             case "warning":
                 self._say(f"warning at step {step}: {event.get('evidence') or event.get('message', '')}", "yellow")
-            case "oom":
-                size = event.get("micro_batch_size")
-                then = f"; going on with micro_batch_size {size}" if size else ""
-                self._say(f"out of memory at step {step}{then}", "yellow")
+            case "started":
+                self._failed = False
+                attempt = f"attempt {event['attempt'] + 1}: " if event["attempt"] else ""
+                workers = f"{event['workers']} worker{'s' if event['workers'] != 1 else ''}"
+                batch = f"{event['micro_batch_size']} examples at a time in {event['dtype']}"
+                parameters = f"{event['trainable_parameters']:,} of {event['total_parameters']:,} parameters trained"
+                self._say(f"{attempt}{workers}, {batch}, {parameters}", "dim")
+            case "failure" if not self._failed:  # the other ranks' failures are echoes of the first
+                self._failed = True
+                what = {"oom": "out of memory", "diverged": "stopped"}.get(event["cause"], "failed")
+                where = f" at step {step}" if step is not None and step >= 0 else ""
+                self._say(f"{what}{where}: {shorten(event['detail'])}", "red")
             case "preemption":
                 self._say(f"preemption notice at step {step}: saving, then going on", "yellow")
             case "early_stopping":

@@ -70,8 +70,7 @@ class LocalSink:
 class Recorder:
     """Collects rows, events and samples of one run; answers the progress display; carries the stop flag.
 
-    Every method is cheap and returns plain data. Workers call them without waiting for the answer, except
-    `should_stop` and `fault`.
+    Every method is cheap and returns plain data; workers wait for the answer of `should_stop` only.
     """
 
     def __init__(self, sink: Sink, clock: Callable[[], float] = time.time) -> None:
@@ -85,9 +84,6 @@ class Recorder:
         self._cursor = 0
         self._last = -1  # the last step of `_rows`
         self._stop = False
-        self._faults: set[tuple[int, str]] = set()
-        self._faults_before: set[tuple[int, str]] = set()
-        self._faulty_ranks: set[tuple[int, str, int]] = set()
         for row in sorted(sink.read_metrics(), key=lambda row: row["step"]):
             self._put(row)
         for event in sink.read_events():
@@ -126,7 +122,6 @@ class Recorder:
                 del self._rows[beyond], self._changed[beyond]
             self._last = max(self._rows, default=-1)
             self._sink.rewind_metrics(step)
-            self._faults_before, self._faults, self._faulty_ranks = self._faults, set(), set()
             self.event("restart", step=step, reason=reason, lost_steps=max(0, last - step))
 
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
@@ -134,7 +129,7 @@ class Recorder:
         self.event("samples", step=step, samples=samples)
 
     def event(self, kind: str, **facts: Any) -> None:
-        """Something worth a line in `events.jsonl`: restart, oom, preemption, checkpoint, divergence, warning, ..."""
+        """Something worth a line in `events.jsonl`: started, failure, restart, preemption, divergence, warning, ..."""
         with self._lock:
             plain = {name: _plain(value) for name, value in facts.items()}
             event: Event = {"kind": kind, "time": self._clock(), **plain}
@@ -147,22 +142,6 @@ class Recorder:
 
     def should_stop(self) -> bool:
         return self._stop
-
-    def fault(self, step: int, signature: str, rank: int | None = None) -> bool:
-        """Keep an error of this attempt; True if the attempt before had the same one at the same step: do not retry.
-
-        `signature` is the error's class and text without numbers that change between attempts (addresses, ports).
-        Several ranks of one attempt often fail alike, which is no repetition; with `rank` given, a second report of
-        the same rank is one even without a `rewind` in between (an error before the first step).
-        """
-        with self._lock:
-            repeated = (step, signature) in self._faults_before
-            if rank is not None:
-                repeated = repeated or (step, signature, rank) in self._faulty_ranks
-                self._faulty_ranks.add((step, signature, rank))
-            self._faults.add((step, signature))
-            self.event("fault", step=step, signature=signature, rank=rank, repeated=repeated)
-            return repeated
 
     def snapshot(self, since: int = 0) -> dict[str, Any]:
         """What changed after cursor `since`: {cursor, step (the last, -1 = none), rows (by step), events (in order),

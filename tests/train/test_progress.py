@@ -74,6 +74,20 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert "\x1b" not in text
 
 
+def test_attempts_and_their_failures(tmp_path: Path) -> None:
+    def start(attempt: int, size: int) -> Callable[[Recorder], None]:
+        facts = {"workers": 2, "dtype": "bf16", "trainable_parameters": 5000, "total_parameters": 90000}
+        return lambda recorder: recorder.event("started", attempt=attempt, step=0, micro_batch_size=size, **facts)
+
+    def out_of_memory(rank: int) -> Callable[[Recorder], None]:
+        return lambda recorder: recorder.event("failure", cause="oom", step=1, detail="tried 3 GB", rank=rank)
+
+    text = show([start(0, 8), train(1), out_of_memory(1), out_of_memory(0), start(1, 4)], tmp_path)
+    assert "\n2 workers, 8 examples at a time in bf16, 5,000 of 90,000 parameters trained" in "\n" + text
+    assert text.count("out of memory at step 1: tried 3 GB") == 1
+    assert "attempt 2: 2 workers, 4 examples" in text
+
+
 def test_last_line_always_comes(tmp_path: Path) -> None:
     recorder = Recorder(LocalSink(tmp_path))
     stop = threading.Event()

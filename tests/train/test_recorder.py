@@ -122,32 +122,3 @@ def test_stop_flag(tmp_path: Path) -> None:
     assert not record.should_stop()
     record.request_stop()
     assert record.should_stop() and record.snapshot(0)["stop"]
-
-
-def test_the_same_fault_in_two_attempts_is_a_repetition(tmp_path: Path) -> None:
-    record = recorder(tmp_path)
-    assert not record.fault(7, "ValueError: bad row")
-    assert not record.fault(7, "ValueError: bad row")  # another rank of the same attempt
-    record.rewind(5, "ValueError")
-    assert not record.fault(7, "RuntimeError: other")
-    assert not record.fault(6, "ValueError: bad row")
-    assert record.fault(7, "ValueError: bad row")
-    record.rewind(5, "ValueError")
-    assert record.fault(7, "RuntimeError: other")
-    record.rewind(5, "killed")
-    record.rewind(5, "killed")
-    assert not record.fault(7, "RuntimeError: other")  # not in the attempt before
-
-
-def test_a_fault_before_the_first_step_repeats_without_rewind(tmp_path: Path) -> None:
-    record = recorder(tmp_path)
-    assert not record.fault(0, "OSError: no such file", rank=0)
-    assert not record.fault(0, "OSError: no such file", rank=1)
-    assert record.fault(0, "OSError: no such file", rank=1)
-
-
-def test_a_new_driver_forgets_old_faults(tmp_path: Path) -> None:
-    recorder(tmp_path).fault(7, "ValueError: bad row", rank=0)
-    record = recorder(tmp_path)
-    record.rewind(5, "resumed")
-    assert not record.fault(7, "ValueError: bad row", rank=0)  # the user may have repaired the cause
