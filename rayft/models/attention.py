@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rayft.config.recipe import Recipe
+
 NAME = "sdpa_per_example"
 """The `attn_implementation` that this module registers with transformers when it is imported."""
 
@@ -32,11 +34,15 @@ def suits(config: Any) -> bool:
     return set(layer_types) == {"full_attention"}
 
 
-def install(model: PreTrainedModel) -> bool:
-    """Use this attention in a model that runs on stock `sdpa` and that it suits; returns whether it does.
+def wanted(recipe: Recipe) -> bool:
+    """Whether rows are laid end to end and the choice of attention is ours. Not for a model that will be compiled: the
+    number of calls depends on the data."""
+    in_rows = recipe.data.padding_free or recipe.data.packing
+    return recipe.model.attn_implementation == "auto" and in_rows and not recipe.train.torch_compile
 
-    Not for a model that will be compiled: the number of calls depends on the data.
-    """
+
+def install(model: PreTrainedModel) -> bool:
+    """Use this attention in a model that runs on stock `sdpa` and that it suits; returns whether it does."""
     if model.config.get_text_config()._attn_implementation != "sdpa" or not suits(model.config):
         return False
     model.set_attn_implementation(NAME)

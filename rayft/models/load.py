@@ -24,6 +24,7 @@ from rayft.config.model import Model
 from rayft.config.recipe import Recipe
 from rayft.errors import UsageError
 from rayft.models import attention
+from rayft.models.hub import kind_of
 from rayft.models.quiet import quiet
 
 DtypeName = Literal["bf16", "fp16", "fp32"]
@@ -146,14 +147,13 @@ def load_base(recipe: Recipe, folder: str, device: str = "cpu") -> PreTrainedMod
         trust_remote_code=recipe.model.trust_remote_code,
     )
     model.origin = Origin(
-        recipe.model.base,
+        folder if kind_of(recipe.model.base) == "run" else recipe.model.base,
         recipe.model.revision,
         folder,
         recipe.model.quantization,
         recipe.model.bnb_4bit_use_double_quant,
     )
-    in_rows = recipe.data.padding_free or recipe.data.packing
-    if recipe.model.attn_implementation == "auto" and in_rows and not recipe.train.torch_compile:
+    if attention.wanted(recipe):
         attention.install(model)
     model.config.use_cache = False
     if recipe.train.gradient_checkpointing:

@@ -19,6 +19,7 @@ from rayft.config.adapter import Adapter
 from rayft.config.model import Model
 from rayft.config.recipe import Recipe
 from rayft.config.train import Trainable
+from rayft.models import attention
 from rayft.models.load import dtype_of, torch_dtype
 from rayft.models.partial import add_biases, selected
 from rayft.models.peft_config import CHANGES_BASE, linear_layers, peft_config
@@ -99,7 +100,7 @@ def estimate(
         weights=round(weights),
         gradients=round(gradients),
         optimizer=round(state),
-        activations=round(tokens * _activation_bytes(model, recipe, dtype)),
+        activations=round(tokens * _activation_bytes(model, recipe, dtype, device)),
         logits=round(_logit_bytes(model, tokens, dtype)),
         runtime=RUNTIME["cpu" if device == "cpu" else "gpu"],
         offloaded=round(offloaded),
@@ -168,7 +169,7 @@ def _state_bytes(optim: str, optim_args: str | None, parameters: list[nn.Paramet
     return per_value * sum(p.numel() for p in parameters)
 
 
-def _activation_bytes(model: Any, recipe: Recipe, dtype: torch.dtype) -> float:
+def _activation_bytes(model: Any, recipe: Recipe, dtype: torch.dtype, device: str) -> float:
     """Bytes per token that wait for the backward pass, at their peak.
 
     Per block: two norms keep their input in fp32 (and their output, where they are trained), linear layers keep their
@@ -185,6 +186,9 @@ def _activation_bytes(model: Any, recipe: Recipe, dtype: torch.dtype) -> float:
     block = 4 * hidden * (4 if full else 2) + c * ((inputs - 1) * hidden + 2 * q + 2 * kv + 4 * inner) + 4 * heads + 8
     if adapter is not None and adapter.method in ("lora", "adalora"):
         block += c * 7 * adapter.rank
+    moving = any(p.requires_grad for p in _base(model).get_input_embeddings().parameters())
+    if device == "cpu" and dtype == torch.bfloat16 and not moving and attention.wanted(recipe):
+        block += c * heads * min(recipe.data.max_length, attention.LONGEST_BY_MATMUL)  # probabilities of short examples
     blocks = _blocks_with_gradient(model, config.num_hidden_layers)
     backward = c * (2 * hidden + 3 * inner)
     if recipe.train.gradient_checkpointing:

@@ -52,7 +52,11 @@ def save(
 
 
 def load_trained(
-    folder: str | Path, *, device: str = "cpu", dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Anything that `save` wrote, in evaluation mode, with its tokenizer; the base quantised as it was in training.
 
@@ -64,11 +68,11 @@ def load_trained(
         raise UsageError("R331", f"{folder} holds neither an adapter nor a model")
     if dtype == "auto":
         dtype = "bf16" if has_native_bf16(device) else "fp32"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if (folder / ADAPTER_CONFIG).exists():
-        model = _load_adapter(folder, tokenizer, device, DTYPES[dtype])
+        model = _load_adapter(folder, tokenizer, device, DTYPES[dtype], trust_remote_code)
     else:
-        model = load_model(str(folder), device=device, dtype=DTYPES[dtype])
+        model = load_model(str(folder), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
 
 
@@ -152,7 +156,9 @@ def _save_model(model: PreTrainedModel, folder: Path, state_dict: dict[str, Any]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _load_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str, dtype: torch.dtype) -> PeftModel:
+def _load_adapter(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, device: str, dtype: torch.dtype, trust_remote_code: bool
+) -> PeftModel:
     facts = json.loads((folder / BASE).read_text()) if (folder / BASE).exists() else {}
     config = PeftConfig.from_pretrained(str(folder))
     base = facts.get("base") or config.base_model_name_or_path
@@ -164,7 +170,13 @@ def _load_adapter(folder: Path, tokenizer: PreTrainedTokenizerBase, device: str,
     base_folder = hub.fetch(base, facts.get("revision") or config.revision)
     if facts and facts["base_hash"] != base_hash(base_folder):
         raise UsageError("R332", f"{folder} was trained on other base weights than those in {base_folder}")
-    model = load_model(base_folder, device=device, dtype=dtype, quantization=quantization_config(section, dtype))
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    model = load_model(
+        base_folder,
+        device=device,
+        dtype=dtype,
+        quantization=quantization_config(section, dtype),
+        trust_remote_code=trust_remote_code,
+    )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the adapter brings the new rows
     return PeftModel.from_pretrained(model, str(folder))

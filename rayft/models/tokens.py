@@ -18,9 +18,8 @@ def add_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     """
     if not tokens:
         return []
-    rows = model.get_input_embeddings().weight.shape[0]
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    if len(tokenizer) > rows:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
         for parameter in module.parameters(recurse=False):  # the head may have a bias

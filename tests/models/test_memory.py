@@ -66,7 +66,8 @@ def test_weights_are_those_of_the_loaded_model(sections, dtype, tiny_model_facto
 )
 def test_activations_are_those_kept_for_backward(sections, dtype, tiny_model_factory, make_recipe):
     folder = tiny_model_factory(**WIDE)
-    recipe = make_recipe(folder, model={"dtype": dtype}, **sections)
+    data = {"train": "unused.jsonl", "max_length": 256}
+    recipe = make_recipe(folder, model={"dtype": dtype}, data=data, **sections)
     model = adapters.attach(load.load_base(recipe, folder), recipe, tokenizer=None)
     causal.install(model)
     model.train()
