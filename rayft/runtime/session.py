@@ -6,6 +6,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rayft.config.recipe import Recipe
 from rayft.errors import UsageError
@@ -37,7 +38,10 @@ def connect(recipe: Recipe | None = None) -> str:
     if recipe:
         environment(recipe)
     import ray
+    import torch  # noqa: F401
 
+    # torch is imported here, in the main thread and before Ray has threads: first imported in a side thread, with one
+    # OpenMP thread, MKL's loader ended the process now and then ("Cannot load libtorch_cpu.so").
     if ray.is_initialized():
         return str(ray.get_runtime_context().gcs_address)
     address = os.environ.get("RAY_ADDRESS") or _running_here()
@@ -52,7 +56,7 @@ def connect(recipe: Recipe | None = None) -> str:
         )
     if address != "auto":
         auth.settle(address)
-    ray.init(address, logging_level=logging.ERROR)
+    ray.init(address, **_speech())
     return address
 
 
@@ -87,4 +91,9 @@ def _start_here() -> None:
     logger.info("starting Ray on this machine")
     if auth.MODE not in os.environ:
         auth.turn_on()  # as Ray would, which announces it with a warning
-    ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, logging_level=logging.ERROR)
+    ray.init("local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **_speech())
+
+
+def _speech() -> dict[str, Any]:
+    """What Ray prints here: errors. What workers print stays in Ray's log folder, unless rayft's logger is on DEBUG."""
+    return {"logging_level": logging.ERROR, "log_to_driver": logger.isEnabledFor(logging.DEBUG)}
