@@ -61,6 +61,7 @@ class ClusterCallback(TrainerCallback):
     def load(self, facts: dict[str, Any]) -> None:
         """Continue from the facts of a checkpoint (`checkpoint.FACTS`)."""
         self.watch.load(facts["watch"])
+        self.speed.load(facts["speed"])
         self.without_gain = facts["without_gain"]
 
     # While training
@@ -150,6 +151,7 @@ class ClusterCallback(TrainerCallback):
                 "workers": self.context.workers,
                 "strategy": self.recipe.scale.strategy,
                 "watch": self.watch.state(),
+                "speed": self.speed.state(),
                 "without_gain": self.without_gain,
             }
             with open(os.path.join(folder, FACTS), "w") as file:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayft import config
 from rayft.config.recipe import Recipe
-from rayft.errors import RunStopped
+from rayft.errors import RayftError, RunStopped
 from rayft.runs.folder import Mode, RunFolder
 from rayft.runs.storage import check_writable, locate
 
@@ -99,7 +99,7 @@ def _run(
     folder: RunFolder, prepared: Preparation, answer: str | None, console: Console | None, quiet: bool
 ) -> TrainResult:
     from rayft.train.attempts import run_to_end
-    from rayft.train.finish import chosen_step, export, write_summary
+    from rayft.train.finish import chosen_step, export, report
     from rayft.train.launch import LocalLauncher, RayLauncher
     from rayft.train.progress import Progress
 
@@ -111,22 +111,25 @@ def _run(
     began = time.time()
     job = prepared.job(folder, answer)
     progress = Progress(prepared.schedule.total_steps, console, quiet=quiet)
-    with _shown(progress, launcher), _stoppable(launcher):
-        facts = _in_thread(
-            lambda: run_to_end(launcher, folder, job, recipe.scale.max_failures, recipe.train.on_divergence)
-        )
-    folder.index_checkpoints()
-    step = chosen_step(facts, recipe.train.load_best_model_at_end)
-    if facts["stopped"]:
+    try:
+        with _shown(progress, launcher), _stoppable(launcher):
+            facts = _in_thread(
+                lambda: run_to_end(launcher, folder, job, recipe.scale.max_failures, recipe.train.on_divergence)
+            )
+        folder.index_checkpoints()
+        facts["seconds"] = time.time() - began
+        if facts["stopped"]:
+            raise RunStopped(
+                "R606", f"run {folder.name!r} was stopped at step {facts['step']} and saved", "--resume goes on"
+            )
+        facts["result_step"] = chosen_step(facts, recipe.train.load_best_model_at_end)
+        facts["kind"] = export(folder, facts["result_step"], settled.dtype)
+        report(folder, launcher.recording, prepared.data.stats, facts)
+    except RayftError:
+        report(folder, launcher.recording, prepared.data.stats, {"seconds": time.time() - began})
+        raise
+    finally:
         launcher.close()
-        raise RunStopped(
-            "R606", f"run {folder.name!r} was stopped at step {facts['step']} and saved", "--resume goes on"
-        )
-    kind = export(folder, step, settled.dtype)
-    rows, events = launcher.recording.ask("rows"), launcher.recording.ask("events")
-    launcher.close()
-    facts |= {"result_step": step, "kind": kind, "seconds": time.time() - began}
-    write_summary(folder, prepared.data.stats, facts, rows, events)
     folder.finish("finished", **facts)
     return result_of(folder)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
 from rayft.errors import RunFailed
 from rayft.runs.folder import RunFolder
 from rayft.runs.storage import Location, locate
+from rayft.train.context import Recording
 
 TRAINING_STATE = (
     "optimizer",
@@ -63,5 +66,18 @@ def chosen_step(facts: dict[str, Any], best: bool) -> int:
     return int(facts["best_step"] if best and facts["best_step"] else facts["step"])
 
 
-def write_summary(folder: RunFolder, stats: dict[str, Any], facts: dict[str, Any], rows: Any, events: Any) -> None:
-    """`report.md` and its pictures."""
+def report(folder: RunFolder, recording: Recording, stats: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write `report.md` with the loss curve from what the recorder holds, also of a run that failed."""
+    from rayft.train.plots import plot_run
+    from rayft.train.summary import write_report
+
+    rows, events = recording.ask("rows"), recording.ask("events")
+    known = {"name": folder.name, "path": folder.path, "hashes": folder.record.hashes} | facts
+    picture = None
+    if len(rows) > 1:
+        picture = "loss.png"
+        with tempfile.TemporaryDirectory() as scratch:
+            drawn = Path(scratch, picture)
+            plot_run(rows, events, drawn, title=folder.name)
+            folder.write_file(picture, drawn.read_bytes())
+    folder.write_file("report.md", write_report(folder.recipe(), known, rows, events, stats, picture))
