@@ -3,6 +3,9 @@
 The parts follow ZeRO (arXiv 1910.02054, section 3) for weights, gradients and optimiser state, and Korthikanti et al.
 (arXiv 2205.05198, section 4) for activations, counted anew for blocks with RMS norms, a gated MLP, fused attention and
 a loss computed in chunks. Dense decoder-only models are met within a tenth; mixtures of experts need less than it says.
+
+Measured on SmolLM2-135M (LoRA, bf16, 1024 tokens): the tensors' peak is met within 1%. What the allocator of a CPU process
+holds on to comes on top, up to half of the activations again.
 """
 
 from __future__ import annotations
