@@ -174,7 +174,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=400, help="chats in orders.jsonl (default %(default)s)")
+    parser.add_argument("--train", type=int, default=320, help="chats in orders.jsonl (default %(default)s)")
     parser.add_argument("--heldout", type=int, default=100, help="chats in orders_heldout.jsonl (default %(default)s)")
     parser.add_argument("--seed", type=int, default=17, help="another seed, other requests (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write to")

@@ -29,13 +29,13 @@ def test_with_a_tiny_model(ray_cluster: str, tiny_model_folder: str, tmp_path: P
         "model": {"base": tiny_model_folder, "dtype": "fp32"},
         "adapter": {"method": "lora"},
         "data": {"train": str(ROOT / "examples" / "data" / "orders.jsonl")},
-        "train": {"max_steps": 240, "global_batch_size": 4, "save_steps": 20, "report_to": []},
+        "train": {"max_steps": 120, "global_batch_size": 4, "save_steps": 10, "report_to": []},
         "scale": {"workers": 2, "device": "cpu"},
     }
     recipe.write_text(yaml.safe_dump(plain))
     picture = tmp_path / "tiny.png"
     told = demo(str(recipe), "--out", str(picture), cwd=tmp_path)
-    assert told["steps"] == 240
+    assert told["steps"] == 120
     assert told["restarts"] == 2
     assert told["largest_loss_difference"] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -47,9 +47,9 @@ def test_the_script_writes_these_very_files(tmp_path: Path) -> None:
 
 
 def test_held_out_requests_are_new(train: Any, heldout: Any) -> None:
-    assert len(train) == 400 and len(heldout) == 100
+    assert len(train) == 320 and len(heldout) == 100
     texts = [text for text, _ in [*train, *heldout]]
-    assert len({text.lower() for text in texts}) == 500
+    assert len({text.lower() for text in texts}) == 420
     orders = {call["arguments"].get("order_id") for _, call in train} - {None}
     assert not orders & {call["arguments"].get("order_id") for _, call in heldout}
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.smollm2
 
 def test_a_third_of_it_beats_the_base(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RECIPE.parents[2])
-    fewer = ["train.max_steps=33", "evaluate.limit=24"]
+    fewer = ["train.max_steps=27", "evaluate.limit=24"]
     result = fit(RECIPE, [f"storage={tmp_path}", WORKERS, *fewer, "evaluate.metrics=[]", "evaluate.samples=0"])
     measured = score(result.path, [WORKERS, "evaluate.metrics=[exact_match]", *fewer[1:]])
     assert measured.base is not None and measured.tuned is not None
