@@ -55,7 +55,6 @@ def training_arguments(
         "activation_checkpointing_kwargs": {"use_reentrant": False} if train.gradient_checkpointing else None,
         "torch_compile": train.torch_compile,
         "tf32": train.tf32 if device == "gpu" else None,
-        "use_liger_kernel": train.use_liger_kernel,
         "logging_steps": train.logging_steps,
         "logging_nan_inf_filter": False,  # a NaN is what the watch looks for
         "eval_strategy": "steps" if validation else "no",
