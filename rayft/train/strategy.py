@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
 from rayft.config.recipe import Recipe
@@ -83,12 +83,14 @@ def training_arguments(
 def check_trainer_args(recipe: Recipe) -> None:
     """Raise UsageError R610 for a name or value in `train.trainer_args` that transformers does not take."""
     given = recipe.train.trainer_args
-    known = set(inspect.signature(TrainingArguments).parameters)
-    if unknown := sorted(set(given) - known):
+    types = get_type_hints(TrainingArguments)
+    if unknown := sorted(set(given) - set(types)):
         raise UsageError(
             "R610", f"train.trainer_args: transformers.TrainingArguments has no field {', '.join(unknown)}"
         )
     try:
+        for name, value in given.items():
+            TypeAdapter(types[name]).validate_python(value)
         TrainingArguments(**{"output_dir": "unused", "use_cpu": True} | given)
     except (TypeError, ValueError) as error:
         raise UsageError("R610", f"train.trainer_args: transformers refuses {given}: {error}") from error
