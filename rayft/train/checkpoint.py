@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -64,22 +65,29 @@ def _on_this_machine(place: Location) -> str:
     """The folder itself, or a copy of it where it lies in a bucket (one download per node)."""
     if place.is_local:
         return str(place)
-    copy = os.path.join(tempfile.gettempdir(), "rayft-checkpoints", place.name)
-    os.makedirs(os.path.dirname(copy), exist_ok=True)
+    copy = _cached(place, "copy")
     with FileLock(f"{copy}.lock"):
         if manifest.verify(copy):
             place.copy_to(locate(copy))
     return copy
 
 
-def universal(start: Start, workers: int, scratch: str, stage: int) -> str | None:
+def _cached(place: Location, kind: str) -> str:
+    """Where this node keeps something made of a checkpoint: named after its content, as other runs have steps too."""
+    manifests = b"".join(child.read() for child in place.children() if child.name.startswith("manifest-"))
+    folder = os.path.join(tempfile.gettempdir(), "rayft-checkpoints")
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f"{place.name}-{kind}-{hashlib.sha256(manifests).hexdigest()[:16]}")
+
+
+def universal(start: Start, workers: int, stage: int) -> str | None:
     """A ZeRO checkpoint that another number of workers wrote, in DeepSpeed's universal format; None if not needed.
 
     One process per node converts, the others wait for it. Raises RunFailed R611 when DeepSpeed's converter fails.
     """
     if start.folder is None or start.facts["workers"] == workers:
         return None
-    target = os.path.join(scratch, f"universal-{os.path.basename(start.folder)}")
+    target = _cached(locate(start.folder), "universal")
     with FileLock(f"{target}.lock"):
         if not os.path.isdir(target):
             _convert(start.folder, target, stage)

@@ -121,7 +121,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         ([known] if known else []) + list(job.resume), job.diverged and checkpoint.Diverged(*job.diverged)
     )
     stage = strategy.ZERO_STAGE.get(recipe.scale.strategy)
-    converted = checkpoint.universal(start, context.workers, tempfile.gettempdir(), stage) if stage else None
+    converted = checkpoint.universal(start, context.workers, stage) if stage else None
     arguments = strategy.training_arguments(  # before the model: ZeRO-3 shards the weights while they are loaded
         recipe,
         schedule,
