@@ -228,6 +228,11 @@ class RunFolder:
         """Drop the rows beyond ``step``, from whose checkpoint the run goes on."""
         self._writable_metrics().rewind(step)
 
+    def flush_metrics(self) -> None:
+        """Upload the rows that a bucket does not have yet; `finish` does it too, where the rows were appended here."""
+        if self._metrics:
+            self._metrics.flush()
+
     def metrics(self) -> list[dict[str, Any]]:
         return self._metrics.rows() if self._metrics else read_rows(self.location / "metrics.jsonl")
 
@@ -280,8 +285,7 @@ class RunFolder:
 
     def finish(self, state: Literal["finished", "failed", "stopped"], **facts: Any) -> None:
         """End the run: the state and facts are written, metrics uploaded, the lock given back."""
-        if self._metrics:
-            self._metrics.flush()
+        self.flush_metrics()
         self.record.state, self.record.ended = state, now()
         self.note(**facts)
         if state == "finished":

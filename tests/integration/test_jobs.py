@@ -113,7 +113,7 @@ def test_the_jobs_end_is_ours(client: Any, recipe: dict[str, Any]) -> None:
 
 def test_rayft_submit_trains(two_nodes: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "rayft.cli", "submit", "recipe.yaml", "--address", two_nodes.dashboard]
+    command = [sys.executable, "-m", "rayft", "submit", "recipe.yaml", "--address", two_nodes.dashboard]
     done = subprocess.run(command, cwd=tmp_path, env=two_nodes.client_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "8/8" in done.stderr
