@@ -38,12 +38,17 @@ class RunSink:
     def read_events(self) -> list[Event]:
         return self._events.read_events()
 
+    def flush(self) -> None:
+        """Upload what is still only on this machine, where the run lies in a bucket."""
+        self._run.flush_metrics()
+
 
 class RunRecorder(Recorder):
     """The recorder of a run folder, which passes every row on to the trackers that the recipe names."""
 
     def __init__(self, path: str, recipe: dict[str, Any]) -> None:
-        super().__init__(RunSink(path))
+        self._run_sink = RunSink(path)
+        super().__init__(self._run_sink)
         run_folder = RunFolder.open(path)
         last = max((row["step"] for row in self.rows()), default=0)
         names = recipe["train"]["report_to"]
@@ -55,6 +60,7 @@ class RunRecorder(Recorder):
 
     def close(self) -> None:
         self._trackers.close()
+        self._run_sink.flush()
 
 
 @dataclass(frozen=True)
