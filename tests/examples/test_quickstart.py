@@ -23,7 +23,7 @@ def test_a_third_of_it_beats_the_base(ray_cluster: str, tmp_path: Path, monkeypa
     measured = score(result.path, [WORKERS, "evaluate.metrics=[exact_match]", *fewer[1:]])
     assert measured.base is not None and measured.tuned is not None
     assert measured.base.metrics["exact_match"] <= 0.05
-    assert measured.tuned.metrics["exact_match"] >= 0.3
+    assert measured.tuned.metrics["exact_match"] >= 0.2
     assert measured.tuned.validation_loss < 0.1 * measured.base.validation_loss
 
 
