@@ -50,10 +50,10 @@ CANCEL_REASONS = {
     "duplicate": ["I ordered it twice", "I clicked the button twice", "it is a double order"],
 }
 RETURN_REASONS = {
-    "damaged": ["it arrived broken", "it has a crack", "it was damaged in the mail"],
+    "damaged": ["it arrived broken", "it was broken in the box", "it was damaged in the mail"],
     "wrong_color": ["the color is wrong", "it came in the wrong color", "I asked for another color"],
     "wrong_size": ["it does not fit", "it is too small", "it is far too big"],
-    "bad_quality": ["the quality is poor", "it feels cheap", "it fell apart after a day"],
+    "bad_quality": ["the quality is poor", "it feels cheap", "it is badly made"],
 }
 
 REQUESTS: dict[str, list[str]] = {
