@@ -77,7 +77,7 @@ def _next(job: Job, told: list[dict[str, Any]], died: Died, failures: Failures, 
             learning_rate_scale=job.learning_rate_scale / 2,
             reason="divergence: half the learning rate",
         )
-    if failure is not None:
+    if failure is not None and failure["cause"] == "error":
         signature = (failure["step"], re.sub(r"0x[0-9a-f]+|\d+", "#", failure["detail"]))
         if signature == failures.last_error:
             raise RunFailed(
@@ -92,7 +92,7 @@ def _next(job: Job, told: list[dict[str, Any]], died: Died, failures: Failures, 
     return replace(following, reason="a worker died")
 
 
-_ORDER = ("refused", "oom", "diverged", "error")
+_ORDER = ("refused", "oom", "diverged", "error", "lost_peer")
 """When several ranks fail, the first of these is the cause; the others are its echo."""
 
 

@@ -85,7 +85,8 @@ def run(job: Job, context: Context) -> dict[str, Any]:
         raise
     except Exception as error:
         step = trainer.state.global_step if trainer is not None else -1
-        tell("error", step, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-4000:])
+        cause = "lost_peer" if lost_peer(error) else "error"
+        tell(cause, step, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-4000:])
         raise
 
 
@@ -198,6 +199,15 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         )
     context.recording.tell("event", "worker", rank=context.rank, pid=os.getpid(), node=context.node)
     return trainer, control, converted or start.folder
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another worker is gone: that worker's death is the cause, not this error."""
+    import torch.distributed as dist
+
+    text = str(error).lower()
+    gloo = "gloo" in text and any(word in text for word in ("connection", "peer", "timed out"))
+    return gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
 
 
 def peak_memory(device: str) -> int:
