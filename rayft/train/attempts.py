@@ -46,7 +46,7 @@ def run_to_end(
     """
     failures = Failures(max_failures)
     while True:
-        job = replace(job, resume=tuple(path for _, path in sorted(folder.checkpoints().items(), reverse=True)))
+        job = replace(job, resume=tuple(folder.checkpoints().values()))
         # A later driver that resumes the run goes on with the same halved batch and rate.
         folder.note(attempt={name: getattr(job, name) for name in CARRIED})
         seen = len(launcher.recording.ask("events"))

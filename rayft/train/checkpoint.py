@@ -48,10 +48,9 @@ class Diverged:
 
 
 def choose(candidates: Iterable[str], diverged: Diverged | None = None) -> Start:
-    """The first candidate (newest first) that is whole and not spoilt by a divergence."""
+    """The newest candidate that is whole and not spoilt by a divergence. Names begin with step and attempt."""
     skipped = []
-    for candidate in candidates:
-        place = locate(candidate)
+    for place in sorted(map(locate, candidates), key=lambda place: place.name, reverse=True):
         if problems := manifest.verify(place):
             skipped.append(f"{place.name}: {'; '.join(problems[:3])}")
             continue

@@ -56,7 +56,7 @@ class Context(Protocol):
     recording: Recording
 
     def checkpoint(self) -> str | None:
-        """Path or URI of the latest checkpoint that the cluster knows for this run, or None."""
+        """Name of the latest checkpoint that the cluster knows for this run, or None."""
         ...
 
     def report(self, metrics: dict[str, Any], folder: str | None, name: str | None, last: bool) -> None:
@@ -114,14 +114,10 @@ class RayContext:
         self.local_rank, self.node = context.get_local_rank(), ray.get_runtime_context().get_node_id()
 
     def checkpoint(self) -> str | None:
-        import pyarrow.fs
         import ray.train
 
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        local = isinstance(checkpoint.filesystem, pyarrow.fs.LocalFileSystem)
-        return checkpoint.path if local else checkpoint.to_directory()
+        return None if checkpoint is None else checkpoint.path.rstrip("/").rsplit("/", 1)[-1]
 
     def report(self, metrics: dict[str, Any], folder: str | None, name: str | None, last: bool) -> None:
         import ray.train

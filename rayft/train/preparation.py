@@ -17,7 +17,7 @@ from rayft.data import Prepared
 from rayft.functions import load_function
 from rayft.metrics import registry
 from rayft.runs import reference
-from rayft.runs.folder import RunFolder
+from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.runs.storage import locate
 from rayft.train.schedule import StepSchedule
 from rayft.train.worker import Job
@@ -78,6 +78,7 @@ class Preparation:
             base=self.base,
             data_folder=self.settled.data_folder,
             data_hash=self.settled.data_hash,
+            checkpoints=f"{folder.path}/{CHECKPOINTS}",
             device=self.device,
             threads=self.placement.cpus_per_worker if self.placement is not None else max(1, (os.cpu_count() or 2) - 1),
             micro_batch_size=former["micro_batch_size"],

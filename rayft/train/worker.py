@@ -37,8 +37,10 @@ class Job:
     attempt: int = 0
     reason: str = ""
     """Why there is another attempt."""
+    checkpoints: str = ""
+    """Folder or URI of this run's checkpoints."""
     resume: tuple[str, ...] = ()
-    """Checkpoints of this run, newest first."""
+    """Those that were complete when the attempt began."""
     diverged: tuple[int, int] | None = None
     """(since step, up to attempt): checkpoints that a divergence has spoilt."""
     learning_rate_scale: float = 1.0
@@ -117,10 +119,9 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     rows = {"padding_free": recipe.data.padding_free, "pad_token_id": tokenizer.pad_token_id}
     dtype = load.dtype_of(recipe, job.device)
 
-    known = context.checkpoint()
-    start = checkpoint.choose(
-        ([known] if known else []) + list(job.resume), job.diverged and checkpoint.Diverged(*job.diverged)
-    )
+    known = context.checkpoint()  # newer than the list where Ray Train itself has restarted the workers
+    candidates = {*job.resume, *([f"{job.checkpoints}/{known}"] if known else [])}
+    start = checkpoint.choose(candidates, job.diverged and checkpoint.Diverged(*job.diverged))
     stage = strategy.ZERO_STAGE.get(recipe.scale.strategy)
     converted = checkpoint.universal(start, context.workers, stage) if stage else None
     arguments = strategy.training_arguments(  # before the model: ZeRO-3 shards the weights while they are loaded
