@@ -39,20 +39,3 @@ def test_with_a_tiny_model(ray_cluster: str, tiny_model_folder: str, tmp_path: P
     assert told["restarts"] == 2
     assert told["largest_loss_difference"] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-@pytest.mark.smollm2
-def test_with_the_quickstart(ray_cluster: str, tmp_path: Path) -> None:
-    told = demo(
-        f"storage={tmp_path}",
-        "train.max_steps=30",
-        "scale.workers=2",
-        "evaluate.metrics=[]",
-        "evaluate.samples=0",
-        cwd=ROOT,
-    )
-    assert told["steps"] == 30
-    assert told["restarts"] == 2
-    assert isinstance(told["largest_loss_difference"], float)
-    assert told["largest_loss_difference"] <= 2e-6
