@@ -73,3 +73,10 @@ def test_packing_is_another_trajectory_with_the_same_tokens(recipe: Recipes) -> 
     single = trained(recipe(**{"train.epochs": 1, "train.max_steps": None}))
     assert len(bins.losses) < len(single.losses)
     assert_same(trained(packed | {"name": "again", "data": packed["data"] | {"padding_free": False}}), bins)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_zero_with_two_workers_agrees_with_one(recipe: Recipes, ray_cluster: str, strategy: str) -> None:
+    one = trained(recipe())
+    two = {"scale.workers": 2, "scale.strategy": strategy, "train.micro_batch_size": 2}
+    assert_same(trained(recipe(**two)), one, loss=1e-5)
