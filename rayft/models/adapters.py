@@ -32,7 +32,6 @@ __all__ = [
     "adalora_state",
     "apply_phase",
     "attach",
-    "export_converts",
     "load_adalora_state",
     "load_training_state",
     "optimizer_groups",
@@ -89,12 +88,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
-
-
-def export_converts(recipe: Recipe) -> bool:
-    """Whether the saved adapter is another one than the trained one: PiSSA and OLoRA are saved as plain LoRA."""
-    adapter = recipe.adapter
-    return adapter is not None and adapter.init_from is None and _changes_base(adapter.init_lora_weights)
 
 
 def _unfreeze(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

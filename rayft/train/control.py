@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rayft.config.recipe import Recipe
+from rayft.metrics import perplexity
 from rayft.runs import manifest
 from rayft.train.checkpoint import FACTS
 from rayft.train.context import Context
@@ -200,7 +201,3 @@ class ClusterCallback(TrainerCallback):
             tokens += self.schedule.tokens(done)
         self._tokens = (step, tokens)
         return tokens
-
-
-def perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
