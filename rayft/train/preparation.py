@@ -14,12 +14,12 @@ from typing import Any, Literal
 from rayft.config import compatibility
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
+from rayft.data.schedule import StepSchedule
 from rayft.functions import load_function
 from rayft.metrics import registry
 from rayft.runs import reference
 from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.runs.storage import locate
-from rayft.train.schedule import StepSchedule
 from rayft.train.worker import Job
 
 MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}

@@ -98,11 +98,11 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     from transformers import set_seed
 
     from rayft.data import Prepared
+    from rayft.data.schedule import StepSchedule
     from rayft.models import adapters, hub, load
     from rayft.objectives import causal
     from rayft.train import checkpoint, loader, methods, selftest, strategy
     from rayft.train.control import ClusterCallback
-    from rayft.train.schedule import StepSchedule
     from rayft.train.speed import Speed, flops_per_token
     from rayft.train.trainer import RayftTrainer
     from rayft.train.watch import Limits, Watch
