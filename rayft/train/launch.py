@@ -10,46 +10,19 @@ from typing import Any
 
 from rayft.config.recipe import Recipe
 from rayft.runs.folder import CHECKPOINTS, RunFolder
+from rayft.runs.metrics import Row
 from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
-from rayft.train.recorder import Event, LocalSink, Recorder, Row
+from rayft.train.recorder import Recorder
 from rayft.train.trackers import Trackers
 from rayft.train.worker import Job, ray_worker, run
-
-
-class RunSink:
-    """Rows go into the run's metrics.jsonl, events into events.jsonl beside it."""
-
-    def __init__(self, path: str) -> None:
-        self._run = RunFolder.open(path)
-        self._events = LocalSink(self._run.scratch)
-
-    def append_metrics(self, row: Row) -> None:
-        self._run.append_metrics(row)
-
-    def rewind_metrics(self, step: int) -> None:
-        self._run.rewind_metrics(step)
-
-    def read_metrics(self) -> list[Row]:
-        return self._run.metrics()
-
-    def append_event(self, event: Event) -> None:
-        self._events.append_event(event)
-
-    def read_events(self) -> list[Event]:
-        return self._events.read_events()
-
-    def flush(self) -> None:
-        """Upload what is still only on this machine, where the run lies in a bucket."""
-        self._run.flush_metrics()
 
 
 class RunRecorder(Recorder):
     """The recorder of a run folder, which passes every row on to the trackers that the recipe names."""
 
     def __init__(self, path: str, recipe: dict[str, Any]) -> None:
-        self._run_sink = RunSink(path)
-        super().__init__(self._run_sink)
         run_folder = RunFolder.open(path)
+        super().__init__(run_folder.metrics_log(), run_folder.events_log())
         last = max((row["step"] for row in self.rows()), default=0)
         names = recipe["train"]["report_to"]
         self._trackers = Trackers(names, str(run_folder.scratch), run_folder.name, recipe, last)
@@ -60,7 +33,7 @@ class RunRecorder(Recorder):
 
     def close(self) -> None:
         self._trackers.close()
-        self._run_sink.flush()
+        self.flush()
 
 
 @dataclass(frozen=True)

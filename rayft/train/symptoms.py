@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from rayft.config.recipe import Recipe
-from rayft.train.recorder import Event, Row
+from rayft.runs.metrics import Row
+from rayft.train.recorder import Event
 
 
 @dataclass(frozen=True)

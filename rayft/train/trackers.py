@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rayft.errors import UsageError
-from rayft.train.recorder import Row
+from rayft.runs.metrics import Row
 
 
 class Tracker(Protocol):

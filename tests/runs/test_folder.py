@@ -205,7 +205,7 @@ def test_metrics_survive_a_resume(resolved: Make) -> None:
             run.append_metrics({"step": step, "loss": 1.0 / step})
         run.finish("stopped")
     with RunFolder.create(resolved(), "train", "resume") as run:
-        run.rewind_metrics(2)
+        run.metrics_log().rewind(2)
         run.append_metrics({"step": 3, "loss": 0.3})
         run.finish("finished")
     rows = RunFolder.open(run.path).metrics()

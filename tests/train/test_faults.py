@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ def weights_hash(result: TrainResult) -> str:
 
 
 def events(path: str, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in Path(path, "events.jsonl").read_text().splitlines()]
-    return [event for event in lines if event["kind"] == kind]
+    return [event for event in RunFolder.open(path).events() if event["kind"] == kind]
 
 
 def assert_identical(one: TrainResult, other: TrainResult) -> None:

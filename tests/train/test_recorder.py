@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from rayft.errors import UsageError
-from rayft.train.recorder import LocalSink, Recorder
+from rayft.train.recorder import Recorder
+from tests.train.conftest import recorder_in
 
 
 def recorder(folder: Path) -> Recorder:
     ticks = iter(range(10**6))
-    return Recorder(LocalSink(folder), clock=lambda: float(next(ticks)))
+    return recorder_in(folder, clock=lambda: float(next(ticks)))
 
 
 def written(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
