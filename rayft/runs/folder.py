@@ -258,11 +258,6 @@ class RunFolder:
             self._delete_replaced()
         return found
 
-    def latest_checkpoint(self) -> tuple[int, str] | None:
-        """Step and folder of the newest checkpoint in which every byte is right; damaged ones are warned about."""
-        found = checkpoints.latest(self.location)
-        return (found[0], str(found[1])) if found else None
-
     # State
 
     def pin(self, **hashes: str) -> None:

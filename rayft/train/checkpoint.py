@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from rayft.errors import RunFailed
-from rayft.runs import manifest
+from rayft.runs import checkpoints, manifest
 from rayft.runs.storage import Location, locate
 
 FACTS = "rayft.json"
@@ -48,16 +48,20 @@ class Diverged:
 
 
 def choose(candidates: Iterable[str], diverged: Diverged | None = None) -> Start:
-    """The newest candidate that is whole and not spoilt by a divergence. Names begin with step and attempt."""
-    skipped = []
-    for place in sorted(map(locate, candidates), key=lambda place: place.name, reverse=True):
-        if problems := manifest.verify(place):
-            skipped.append(f"{place.name}: {'; '.join(problems[:3])}")
-            continue
-        facts = json.loads((place / FACTS).read())
-        if diverged is None or not diverged.spoilt(facts):
-            return Start(_on_this_machine(place), facts, tuple(skipped))
-    return Start(None, {}, tuple(skipped))
+    """The newest candidate that is whole and not spoilt by a divergence."""
+
+    def good(place: Location) -> bool:
+        return diverged is None or not diverged.spoilt(_facts(place))
+
+    newest, skipped = checkpoints.newest_whole(map(locate, candidates), good)
+    if newest is None:
+        return Start(None, {}, tuple(skipped))
+    return Start(_on_this_machine(newest), _facts(newest), tuple(skipped))
+
+
+def _facts(place: Location) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((place / FACTS).read())
+    return facts
 
 
 def _on_this_machine(place: Location) -> str:
