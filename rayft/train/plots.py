@@ -12,8 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rayft.runs.metrics import Row
-from rayft.train.recorder import Event
+from rayft.train.recorder import Event, Row
 
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 """Okabe and Ito's colours, told apart with every kind of colour blindness."""

@@ -8,9 +8,8 @@ from statistics import median
 from typing import Any
 
 from rayft.config.recipe import Recipe
-from rayft.runs.metrics import Row
 from rayft.train.progress import duration, shorten
-from rayft.train.recorder import Event
+from rayft.train.recorder import Event, Row
 from rayft.train.symptoms import symptoms
 
 METHODS = {

@@ -8,8 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from rayft.config.recipe import Recipe
-from rayft.runs.metrics import Row
-from rayft.train.recorder import Event
+from rayft.train.recorder import Event, Row
 
 
 @dataclass(frozen=True)

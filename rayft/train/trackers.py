@@ -12,6 +12,8 @@ from rayft.runs.metrics import Row
 class Tracker(Protocol):
     """Takes the scalars of a step; `close` writes what is left."""
 
+    def __init__(self, folder: str, name: str, recipe: dict[str, Any], from_step: int) -> None: ...
+
     def log(self, step: int, scalars: dict[str, float]) -> None: ...
 
     def close(self) -> None: ...
@@ -80,7 +82,7 @@ class Trackers:
         self._trackers: list[Tracker] = []
         for name in names:
             try:
-                self._trackers.append(TRACKERS[name](folder, run_name, recipe, from_step))  # type: ignore[call-arg]
+                self._trackers.append(TRACKERS[name](folder, run_name, recipe, from_step))
             except ImportError as error:
                 raise UsageError(
                     "R613", f"train.report_to: {name} is not installed ({error})", f"pip install {name}"
