@@ -73,9 +73,9 @@ def _shares(what: Subject, preparation: Preparation) -> list[Share]:
         Share(
             recipe=preparation.recipe.model_dump(mode="json"),
             base=preparation.base,
-            trained=what.trained.fetch() if what.trained else None,
+            trained=what.trained.path if what.trained else None,
             kind=what.trained.kind if what.trained else None,
-            data_folder=preparation.data.folder,
+            data_folder=preparation.settled.data_folder,
             data_hash=preparation.data.hash,
             device=preparation.device,
             threads=None if placement is None else placement.cpus_per_worker,

@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from rayft.config.recipe import Recipe
 from rayft.config.resolve import Resolved
 from rayft.errors import RayftError, RunStopped, UsageError
+from rayft.home import home
 from rayft.runs import checkpoints
 from rayft.runs.changes import Change, changes
 from rayft.runs.checkpoints import CHECKPOINTS
@@ -166,8 +167,7 @@ class RunFolder:
         """A folder on this machine for the run's working files: the run itself, or a stand-in for one in a bucket."""
         if self.location.is_local:
             return self.location.local
-        home = Path(os.environ.get("RAYFT_HOME") or "~/.cache/rayft").expanduser()
-        folder = home / "runs" / hashlib.sha256(self.path.encode()).hexdigest()[:16]
+        folder = home() / "runs" / hashlib.sha256(self.path.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

@@ -11,13 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from rayft.errors import RunFailed
-from rayft.runs import checkpoints, manifest
-from rayft.runs.storage import Location, locate
+from rayft.runs import checkpoints
+from rayft.runs.storage import Location, local_copy, locate
 
 FACTS = "rayft.json"
 """Inside a checkpoint: step, workers, strategy and the state of what watches the run."""
@@ -66,13 +67,7 @@ def _facts(place: Location) -> dict[str, Any]:
 
 def _on_this_machine(place: Location) -> str:
     """The folder itself, or a copy of it where it lies in a bucket (one download per node)."""
-    if place.is_local:
-        return str(place)
-    copy = _cached(place, "copy")
-    with FileLock(f"{copy}.lock"):
-        if manifest.verify(copy):
-            place.copy_to(locate(copy))
-    return copy
+    return str(place) if place.is_local else local_copy(place, Path(_cached(place, "copy")))
 
 
 def _cached(place: Location, kind: str) -> str:

@@ -146,6 +146,7 @@ class ClusterCallback(TrainerCallback):
         folder = os.path.join(args.output_dir or "", f"checkpoint-{step}")
         os.makedirs(folder, exist_ok=True)
         if self.context.rank == 0:
+            self.context.recording.tell("flush")  # a bucket has no checkpoint without the rows before it
             facts = {
                 "step": step,
                 "attempt": self.attempt,

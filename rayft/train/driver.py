@@ -41,13 +41,14 @@ class TrainResult:
     @property
     def folder(self) -> str:
         """The stock PEFT adapter or transformers model."""
-        return f"{self.path}/{self.kind}"
+        return str(locate(self.path) / self.kind)
 
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer), ready to generate."""
         from rayft.models.save import load_trained
+        from rayft.runs.reference import on_this_machine
 
-        return load_trained(self.folder)
+        return load_trained(on_this_machine(self.folder))
 
 
 def fit(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rayft.config.recipe import Recipe
+from rayft.home import home
 from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.runs.metrics import Row
+from rayft.runs.storage import Location, locate
 from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
 from rayft.train.recorder import Recorder
 from rayft.train.trackers import Trackers
@@ -55,13 +56,10 @@ class LocalLauncher:
         self.run_folder = run_folder
         recorder = RunRecorder(run_folder.path, recipe.model_dump(mode="json"))
         self.recording: Recording = LocalRecording(recorder)
+        self.kept = _Kept(recipe.train.save_total_limit, run_folder)
 
     def launch(self, job: Job) -> dict[str, Any] | Died:
-        folder = self.run_folder.scratch / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
-        keep = Recipe.model_validate(job.recipe).train.save_total_limit
-        saved = _Kept(keep, self.run_folder)
-        return run(job, LocalContext(str(folder), self.recording, saved.add))
+        return run(job, LocalContext(self.run_folder.location / CHECKPOINTS, self.recording, self.kept.add))
 
     def close(self) -> None:
         self.recording.ask("close")
@@ -74,14 +72,12 @@ class _Kept:
         self.limit, self.run_folder = limit, run_folder
         self.scores: dict[str, tuple[float, int]] = {}
 
-    def add(self, metrics: dict[str, Any], folder: str) -> None:
-        import shutil
-
-        self.scores[folder] = (metrics["score"], metrics["step"])
+    def add(self, metrics: dict[str, Any], folder: Location) -> None:
+        self.scores[str(folder)] = (metrics["score"], metrics["step"])
         ranked = sorted(self.scores, key=self.scores.__getitem__)
         for worst in ranked[: -self.limit] if self.limit else []:
-            if worst != folder:
-                shutil.rmtree(worst)
+            if worst != str(folder):
+                locate(worst).remove()
                 del self.scores[worst]
         self.run_folder.index_checkpoints()
 
@@ -108,6 +104,7 @@ class RayLauncher:
         from ray.train.torch import TorchTrainer
 
         low, high = self.placement.workers
+        location = self.run_folder.location
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={"job": asdict(job), "recorder": self.actor},
@@ -118,7 +115,8 @@ class RayLauncher:
             ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
-                storage_path=self.run_folder.path,
+                storage_path=location.path,
+                storage_filesystem=None if location.is_local else location.filesystem,
                 # Attempts are ours to count: only we know whether an error is worth another one.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
@@ -163,7 +161,7 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     inherited = {name: os.environ[name] for name in ("RAYFT_HOME", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     if recipe.scale.strategy.startswith("zero"):
         # A build that a killed process left behind locks the shared folder for good: use one of our own.
-        always["TORCH_EXTENSIONS_DIR"] = str(Path(os.environ.get("RAYFT_HOME", "~/.cache/rayft")).expanduser() / "ops")
+        always["TORCH_EXTENSIONS_DIR"] = str(home() / "ops")
     return always | inherited | passed
 
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rayft.config.recipe import Recipe
 from rayft.errors import RayftError
 from rayft.functions import load_function
+from rayft.runs import reference
+from rayft.runs.storage import locate
 from rayft.train.context import ActorRecording, Context, RayContext
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Job:
     """(since step, up to attempt): checkpoints that a divergence has spoilt."""
     learning_rate_scale: float = 1.0
     init_adapter: str | None = None
-    """Folder of the adapter to continue (`adapter.init_from`, resolved)."""
+    """Folder or URI of the adapter to continue (`adapter.init_from`, resolved)."""
     answer: str | None = None
     """Import path of the function that generates at evaluations."""
 
@@ -97,12 +99,12 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     import torch
     from transformers import set_seed
 
-    from rayft.data import Prepared
     from rayft.data.schedule import StepSchedule
     from rayft.models import adapters, hub, load
     from rayft.objectives import causal
     from rayft.train import checkpoint, loader, methods, selftest, strategy
     from rayft.train.control import ClusterCallback
+    from rayft.train.preparation import data_here
     from rayft.train.speed import Speed, flops_per_token
     from rayft.train.trainer import RayftTrainer
     from rayft.train.watch import Limits, Watch
@@ -111,7 +113,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     recipe = Recipe.model_validate(job.recipe)
     folder = hub.fetch(job.base, recipe.model.revision)
     tokenizer = load.load_tokenizer(recipe, folder)
-    prepared = Prepared(job.data_folder, job.data_hash)
+    prepared = data_here(job.data_folder, job.data_hash)
     examples, validation = prepared.split("train"), prepared.split("validation")
     assert examples is not None
     schedule = StepSchedule.of(recipe, examples)
@@ -120,7 +122,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     dtype = load.dtype_of(recipe, job.device)
 
     known = context.checkpoint()  # newer than the list where Ray Train itself has restarted the workers
-    candidates = {*job.resume, *([f"{job.checkpoints}/{known}"] if known else [])}
+    candidates = {*job.resume, *([str(locate(job.checkpoints) / known)] if known else [])}
     start = checkpoint.choose(candidates, job.diverged and checkpoint.Diverged(*job.diverged))
     stage = strategy.ZERO_STAGE.get(recipe.scale.strategy)
     converted = checkpoint.universal(start, context.workers, stage) if stage else None
@@ -137,7 +139,8 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     )
     set_seed(recipe.seed)
     model = load.load_base(recipe, folder, device=str(arguments.device))
-    model = adapters.attach(model, recipe, tokenizer, init_from=job.init_adapter, total_steps=schedule.total_steps)
+    init = reference.on_this_machine(job.init_adapter) if job.init_adapter else None
+    model = adapters.attach(model, recipe, tokenizer, init_from=init, total_steps=schedule.total_steps)
     causal.install(model, loss_function=causal.own_loss(recipe.train.loss_function))
     if (recipe.data.padding_free or recipe.data.packing) and stage != 3 and len(examples) > 1:
         with load.compute_context(dtype, job.device):
