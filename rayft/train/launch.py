@@ -12,10 +12,14 @@ from rayft.home import home
 from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.runs.metrics import Row
 from rayft.runs.storage import Location, locate
+from rayft.runtime import session
 from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
 from rayft.train.recorder import Recorder
 from rayft.train.trackers import Trackers
 from rayft.train.worker import Job, ray_worker, run
+
+RESIZE_SECONDS = 60.0
+"""How often an elastic run looks whether the cluster has room for another number of workers."""
 
 
 class RunRecorder(Recorder):
@@ -112,6 +116,7 @@ class RayLauncher:
                 num_workers=(low, high) if low != high else low,
                 use_gpu=self.placement.use_gpu,
                 resources_per_worker=self.placement.resources,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
@@ -158,11 +163,10 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     """Variables of every worker: those the recipe names, by value from this process, and quiet libraries."""
     passed = {name: os.environ[name] for name in recipe.scale.env if name in os.environ}
     always = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
-    inherited = {name: os.environ[name] for name in ("RAYFT_HOME", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     if recipe.scale.strategy.startswith("zero"):
         # A build that a killed process left behind locks the shared folder for good: use one of our own.
         always["TORCH_EXTENSIONS_DIR"] = str(home() / "ops")
-    return always | inherited | passed
+    return always | session.inherited() | passed
 
 
 Launcher = LocalLauncher | RayLauncher

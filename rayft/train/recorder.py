@@ -57,6 +57,17 @@ class Recorder:
             self._metrics.rewind(step)
             self.event("restart", step=step, reason=reason, lost_steps=lost)
 
+    def started(self, *, step: int, attempt: int, reason: str = "", **facts: Any) -> None:
+        """Workers begin at `step`: for the first time, in a new attempt, or in one that Ray has begun anew because
+        the number of workers changes."""
+        with self._lock:
+            before = [event["attempt"] for _, event in self._events if event["kind"] == "started"]
+            if before and attempt == before[-1]:
+                reason = "another number of workers"
+            if before or reason:
+                self.rewind(step, reason)
+            self.event("started", step=step, attempt=attempt, **facts)
+
     def samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Generations of one evaluation: mappings with `prompt`, `text` and, where known, `reference`."""
         self.event("samples", step=step, samples=samples)

@@ -61,7 +61,6 @@ def run(job: Job, context: Context) -> dict[str, Any]:
     """Train one attempt; returns facts of its end. Every failure is told to the recorder before it is raised."""
     quiet()
     from rayft.train.control import Diverged
-    from rayft.train.trainer import OutOfMemory
 
     trainer = None
 
@@ -78,9 +77,6 @@ def run(job: Job, context: Context) -> dict[str, Any]:
                 "best_step": trainer.state.best_global_step,
                 "best_validation_loss": trainer.state.best_metric,
             }
-    except OutOfMemory as error:
-        tell("oom", error.step, error.detail, peak_memory=peak_memory(job.device))
-        raise
     except Diverged as error:
         tell("diverged", error.step, error.evidence, since=error.since)
         raise
@@ -89,6 +85,10 @@ def run(job: Job, context: Context) -> dict[str, Any]:
         raise
     except Exception as error:
         step = trainer.state.global_step if trainer is not None else -1
+        if out_of_memory(error):
+            detail = (str(error) or type(error).__name__).splitlines()[0][:300]
+            tell("oom", step, detail, peak_memory=peak_memory(job.device))
+            raise
         cause = "lost_peer" if lost_peer(error) else "error"
         tell(cause, step, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-4000:])
         raise
@@ -184,13 +184,11 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     if context.rank == 0:
         for problem in start.skipped:
             context.recording.tell("event", "warning", kind_of="checkpoint", evidence=f"damaged checkpoint: {problem}")
-        if job.attempt or start.folder:
-            context.recording.tell("rewind", start.step, job.reason)
         context.recording.tell(
-            "event",
             "started",
-            attempt=job.attempt,
             step=start.step,
+            attempt=job.attempt,
+            reason=job.reason,
             total_steps=schedule.total_steps,
             steps_per_epoch=schedule.steps_per_epoch,
             workers=context.workers,
@@ -203,6 +201,14 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         )
     context.recording.tell("event", "worker", rank=context.rank, pid=os.getpid(), node=context.node)
     return trainer, control, converted or start.folder
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocator refused: in a forward or backward pass, the optimiser's first step or an evaluation."""
+    import torch
+
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower()
 
 
 def lost_peer(error: Exception) -> bool:

@@ -29,7 +29,7 @@ def bucket(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From its call on, nothing that this machine kept is there any more: not in RAYFT_HOME, not among temporary files."""
+    """From its call on nothing that this machine kept is found: neither in RAYFT_HOME nor among temporary files."""
 
     def change() -> None:
         monkeypatch.setenv("RAYFT_HOME", str(tmp_path / "machine-2"))

@@ -66,6 +66,22 @@ def test_rewind_drops_the_rows_beyond_and_marks_the_restart(tmp_path: Path) -> N
     assert restart["lost_steps"] == 3 and restart["reason"] == "worker 1 died"
 
 
+def test_only_the_first_start_is_no_restart(tmp_path: Path) -> None:
+    record = recorder(tmp_path)
+    record.started(step=0, attempt=0, workers=2)
+    record.log({"step": 1, "loss": 1.0})
+    record.started(step=0, attempt=0, workers=3)  # by Ray itself, before there was a checkpoint
+    assert record.rows() == []
+    record.log({"step": 1, "loss": 1.0})
+    record.started(step=0, attempt=1, reason="a worker died", workers=3)
+    restarts = [(event["reason"], event["lost_steps"]) for event in record.events() if event["kind"] == "restart"]
+    assert restarts == [("another number of workers", 1), ("a worker died", 1)]
+    (tmp_path / "new").mkdir()
+    unlucky = recorder(tmp_path / "new")
+    unlucky.started(step=0, attempt=1, reason="a worker died", workers=2)  # the first attempt never came so far
+    assert [event["kind"] for event in unlucky.events()] == ["restart", "started"]
+
+
 def test_a_new_driver_continues_the_files(tmp_path: Path) -> None:
     first = recorder(tmp_path)
     for step in range(1, 6):
