@@ -15,7 +15,7 @@ from rayft.runs.storage import Location, locate
 from rayft.runtime import session
 from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
 from rayft.train.recorder import Recorder
-from rayft.train.trackers import Trackers
+from rayft.train.trackers import TENSORBOARD, Trackers
 from rayft.train.worker import Job, ray_worker, run
 
 RESIZE_SECONDS = 60.0
@@ -26,7 +26,7 @@ class RunRecorder(Recorder):
     """The recorder of a run folder, which passes every row on to the trackers that the recipe names."""
 
     def __init__(self, path: str, recipe: dict[str, Any]) -> None:
-        run_folder = RunFolder.open(path)
+        run_folder = self._run_folder = RunFolder.open(path)
         super().__init__(run_folder.metrics_log(), run_folder.events_log())
         last = max((row["step"] for row in self.rows()), default=0)
         names = recipe["train"]["report_to"]
@@ -35,6 +35,12 @@ class RunRecorder(Recorder):
     def log(self, row: Row) -> None:
         super().log(row)
         self._trackers.log(row)
+
+    def flush(self) -> None:
+        super().flush()
+        board = locate(self._run_folder.scratch / TENSORBOARD)
+        if not self._run_folder.location.is_local and board.is_folder():
+            board.copy_to(self._run_folder.location / TENSORBOARD)
 
     def close(self) -> None:
         self._trackers.close()

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rayft.config import compatibility
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
+from rayft.data.prepared import STATS
 from rayft.data.schedule import StepSchedule
 from rayft.functions import load_function
 from rayft.home import home
@@ -122,8 +123,9 @@ def base_of(recipe: Recipe) -> tuple[str, str | None]:
     return base, reference.resolve(init, recipe.storage).path if init else None
 
 
-def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
-    """On a node like a worker's: fetch the base, render the data, decide the number format."""
+def settle(recipe_data: dict[str, Any], base: str, device: str, shared: bool = True) -> Settled:
+    """On a node like a worker's: fetch the base, render the data (`shared`: so that all nodes find it), decide the
+    number format."""
     from rayft.data.prepare import prepare as prepare_data
     from rayft.models import hub, identity, load
     from rayft.train.strategy import check_trainer_args
@@ -139,7 +141,7 @@ def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
         base_hash=identity.base_hash(folder),
         template_hash=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         dtype=load.dtype_of(recipe, device),
-        data_folder=_shared_data(data, recipe),
+        data_folder=_shared_data(data, recipe) if shared else data.folder,
         data_hash=data.hash,
     )
 
@@ -163,8 +165,10 @@ def data_cache(recipe: Recipe) -> str:
 
 def data_here(folder: str, hash: str) -> Prepared:
     """Rendered data on this machine. Where runs lie in a bucket it was rendered on one node: the others take a copy."""
-    place = locate(folder)
-    return Prepared(folder if place.is_local else local_copy(place, home() / "data" / hash), hash)
+    place, here = locate(folder), home() / "data" / hash
+    if not place.is_local:
+        folder = str(here) if (here / STATS).exists() else local_copy(place, here)
+    return Prepared(folder, hash)
 
 
 def _shared_data(data: Prepared, recipe: Recipe) -> str:

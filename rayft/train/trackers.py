@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rayft.errors import UsageError
 from rayft.runs.metrics import Row
+
+TENSORBOARD = "tensorboard"
+"""The folder of its event files in a run."""
 
 
 class Tracker(Protocol):
@@ -26,7 +30,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Steps beyond the checkpoint that a resumed run starts from are hidden: they are logged again.
-        self._writer = SummaryWriter(f"{folder}/tensorboard", purge_step=from_step + 1 if from_step else None)
+        self._writer = SummaryWriter(os.path.join(folder, TENSORBOARD), purge_step=from_step + 1 if from_step else None)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         for key, value in scalars.items():

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rayft.errors import RunStopped
+from rayft.evaluate import score
 from rayft.runs.folder import RunFolder
 from rayft.runs.reference import resolve
 from rayft.runs.storage import locate
@@ -57,7 +58,8 @@ def test_stopped_on_one_machine_and_resumed_on_another(
     another_machine: Callable[[], None],
 ) -> None:
     undisturbed = train(faulty("plain"))
-    plain = faulty("interrupt_once", storage=bucket, **{"train.save_total_limit": 2})
+    more = {"train.save_total_limit": 2, "train.report_to": ["tensorboard"]}
+    plain = faulty("interrupt_once", storage=bucket, **more)
     with pytest.raises(RunStopped):
         train(plain)
     another_machine()
@@ -67,9 +69,13 @@ def test_stopped_on_one_machine_and_resumed_on_another(
     assert curve_of(resumed.path) == curve_of(undisturbed.path)
     assert [event["step"] for event in events(resumed.path, "restart")] == [11]
     assert_same_weights(resumed, undisturbed, bucket)
+    held_out = [f"storage={bucket}", "data.validation=0.2", "evaluate.metrics=[]"]
+    measured = score("run:interrupt-once", held_out, quiet=True)
+    assert measured.base and measured.tuned and measured.tuned.validation_loss < measured.base.validation_loss
     model, tokenizer = resumed.load()
     assert model.peft_config and tokenizer.chat_template
     assert (locate(bucket) / "interrupt-once" / "report.md").is_file()
+    assert len((locate(bucket) / "interrupt-once" / "tensorboard").children()) == 2, "one file of each machine"
 
 
 def test_a_killed_driver_and_resume_on_another_machine(
