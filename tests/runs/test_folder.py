@@ -228,6 +228,13 @@ def test_show_and_remove(resolved: Make, storage: str, tmp_path: Path) -> None:
     assert list_runs(storage) == [] and not (locate(storage) / "demo").exists()
 
 
+def test_a_damaged_run_does_not_hide_the_others(resolved: Make, storage: str) -> None:
+    with RunFolder.create(resolved(), "train") as run:
+        run.finish("finished")
+    write_atomic(locate(storage) / "newer" / "run.json", '{"schema": 99, "name": "newer", "verb": "train"}')
+    assert {run.name: run.state for run in list_runs(storage)} == {"demo": "finished", "newer": "unreadable (R416)"}
+
+
 def test_rm_touches_only_runs(storage: str) -> None:
     folder = locate(storage) / "photos"
     folder.make_folder()

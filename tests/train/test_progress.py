@@ -133,6 +133,19 @@ def test_a_restarted_recorder_is_read_from_its_beginning(tmp_path: Path) -> None
     assert progress._state.latest["loss"] == 0.125 and progress._state.step == 4
 
 
+def test_a_warning_without_a_step(tmp_path: Path) -> None:
+    text = show([lambda recorder: recorder.event("warning", kind_of="checkpoint", evidence="damaged")], tmp_path)
+    assert "warning: damaged" in text
+
+
+def test_an_evaluation_does_not_begin_the_pace_anew() -> None:
+    state = State(10)
+    snapshot = {"restarts": 0, "events": [], "step": 2}
+    rows = [{"step": 1, "time": 0.0}, {"step": 2, "time": 5.0}, {"step": 2, "time": 5.0, "validation_loss": 1.0}]
+    state.read(snapshot | {"rows": rows})
+    assert state.seconds_left() == 40.0
+
+
 def test_nan_is_shown(tmp_path: Path) -> None:
     assert "loss nan" in show([lambda recorder: recorder.log({"step": 1, "loss": float("nan")})], tmp_path)
 
