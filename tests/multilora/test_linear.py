@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused(tiny_model_folder: str, peft_model: Any) -
     shared.add(0, {layer: good})
     with pytest.raises(ValueError, match="slot 0 is in use"):
         shared.add(0, {layer: good})
-    with pytest.raises(ValueError, match="no linear layer model.layers.0.self_attn.k_proj"):
+    with pytest.raises(ValueError, match=r"no linear layer model\.layers\.0\.self_attn\.k_proj"):
         shared.add(1, {"model.layers.0.self_attn.k_proj": good})
     with pytest.raises(ValueError, match=r"takes A \[r, 64\] and B \[64, r\]"):
         shared.add(1, {layer: (torch.zeros(2, 65), torch.zeros(64, 2), 1.0)})
