@@ -156,7 +156,7 @@ class Pack:
             self._pass(active)
             complete = [trial for trial in active if trial.complete]
             self._add_up(complete)
-            return [self._finish_step(trial, alone=len(active) == 1) for trial in complete]
+            return [self._finish_step(trial) for trial in complete]
         except BaseException:
             for trial in active:
                 trial.restart_step()
@@ -177,10 +177,11 @@ class Pack:
         for trial, loss in zip(trials, losses.tolist(), strict=True):
             trial.loss += loss
             trial.micro += 1
+            trial.in_company = trial.in_company or len(trials) > 1
 
-    def _finish_step(self, trial: Trial, alone: bool) -> StepReport:
+    def _finish_step(self, trial: Trial) -> StepReport:
         loss, norm = trial.loss, trial.gradient_norm()
-        if not math.isfinite(loss + norm) and not alone:
+        if not math.isfinite(loss + norm) and trial.in_company:
             self._repeat_alone(trial)
             loss, norm = trial.loss, trial.gradient_norm()
         tokens = trial.schedule.tokens(trial.step)

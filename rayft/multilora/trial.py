@@ -19,7 +19,8 @@ from rayft.models.optimizer import optimizer_settings
 class Trial:
     """An adapter of a pack with everything that is its own. The `Pack` makes it, moves it and takes it out.
 
-    step: optimiser steps done. micro: micro-batches of the current step that are in the gradients already.
+    step: optimiser steps done. micro: micro-batches of the current step that are in the gradients already; in_company:
+    whether one of them went through the model beside other trials.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class Trial:
         self.micro_batch_size = micro_batch_size(recipe.train.micro_batch_size, self.schedule, workers, device)
         self.batches = MicroBatches(self.schedule, workers, rank, self.micro_batch_size)
         self.optimizer, self.scheduler = _optimizer(recipe, parameters, self.schedule.total_steps, device)
-        self.step = self.micro = 0
-        self.loss = 0.0
+        self.step = 0
+        self.restart_step()
 
     @property
     def total_steps(self) -> int:
@@ -79,7 +80,7 @@ class Trial:
     def restart_step(self) -> None:
         """Forget the gradients of a step that is not complete."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.micro, self.loss = 0, 0.0
+        self.micro, self.loss, self.in_company = 0, 0.0, False
 
     def gradient_norm(self) -> float:
         """L2 norm over all gradients, which are clipped to ``train.max_grad_norm`` when that is not 0."""

@@ -78,16 +78,11 @@ def alone(recipe: Recipe, data: Prepared, steps: int, *, quantization: Any = Non
             with _seeded_dropout(run.model, recipe.seed, step * len(shares) + micro):
                 logits = run.model(input_ids=ids).logits[0, :-1]
             losses = functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-            loss = (losses * torch.from_numpy(row["loss_weights"])[1:]).sum() / weight
+            loss = (losses * torch.tensor(row["loss_weights"])[1:]).sum() / weight
             loss.backward()
-            loss_of_step += float(loss)
+            loss_of_step += loss.item()
         if step == 0:
-            run.first_gradients = {
-                name.replace(".default", ""): p.grad.clone()
-                for name, p in run.model.named_parameters()
-                if p.requires_grad
-            }
-        trained = [p for p in run.model.parameters() if p.requires_grad]
+            run.first_gradients = {name.replace(".default", ""): p.grad.clone() for name, p in trained.items()}
         run.curve.grad_norms.append(
             float(torch.nn.utils.clip_grad_norm_(trained.values(), train.max_grad_norm or torch.inf))
         )

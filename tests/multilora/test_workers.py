@@ -50,6 +50,6 @@ def test_two_processes_train_the_same_trials(recipe: Recipes, tmp_path: Path) ->
     processes.spawn(train, (2, tasks, str(tmp_path)), nprocs=2)
     alone, together = (torch.load(tmp_path / f"{workers}.pt") for workers in (1, 2))
     for name in tasks:
-        one, two = (Curve(losses[name], norms[name]) for losses, norms, _ in (alone, together))
+        one, two = (Curve(losses[name][:4], norms[name][:4]) for losses, norms, _ in (alone, together))
         assert_same(two, one)
         assert abs(together[2][name] - alone[2][name]) < 1e-5
