@@ -218,7 +218,8 @@ def lost_peer(error: Exception) -> bool:
 
     text = str(error).lower()
     gloo = "gloo" in text and any(word in text for word in ("connection", "peer", "timed out"))
-    return gloo or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+    ended = "default process group has not been initialized" in text  # Ray took it away while this worker was starting
+    return gloo or ended or isinstance(error, dist.DistBackendError | dist.DistNetworkError)
 
 
 def peak_memory(device: str) -> int:

@@ -79,7 +79,7 @@ def test_stopped_on_one_machine_and_resumed_on_another(
 
 
 def test_a_killed_driver_and_resume_on_another_machine(
-    recipe: Recipes, bucket: str, another_machine: Callable[[], None], ray_cluster: str, tmp_path: Path
+    ray_cluster: str, recipe: Recipes, bucket: str, another_machine: Callable[[], None], tmp_path: Path
 ) -> None:
     slow = {"train.max_steps": 60, "train.save_steps": 10}
     undisturbed = train(recipe(name="calm", **TWO | slow | {"scale.workers": 0}))

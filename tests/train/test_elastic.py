@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import itertools
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,16 +30,22 @@ _spec.loader.exec_module(local)
 
 @contextmanager
 def node(address: str, log: Path) -> Iterator[Any]:
-    """A node that joins the session's cluster with a seat for one worker; yields its process, which leads its group."""
+    """A node that joins the session's cluster with a seat for one worker; yields its process, which leads its group.
+
+    One after the other: nodes that start at the same moment choose the same name for a socket.
+    """
+    before = seats()
     options = argparse.Namespace(cpus=1, object_store_mb=80)
     arguments = [f"--address={address}", '--resources={"seat": 1}', *local.node_arguments(options, local.free_ports(4))]
     process = local.start_node(arguments, dict(os.environ), log)
     try:
+        wait_for(lambda: seats() > before, 60, log)
         yield process
     finally:
         local.stop([process])
 
 
+@pytest.mark.timeout(1200)
 def test_a_node_goes_and_another_comes(
     recipe: Recipes, ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,15 +76,15 @@ def test_a_node_goes_and_another_comes(
     outcome: list[Any] = []
     run = threading.Thread(target=lambda: outcome.append(train(plain)), daemon=True)
     with node(ray_cluster, log) as leaving, node(ray_cluster, tmp_path / "staying.log"):
-        wait_for(lambda: seats(2), 60, log)
         run.start()
-        wait_for(lambda: under_way([2], beyond=3), 120, log)
-        os.killpg(leaving.pid, signal.SIGKILL)
-        wait_for(lambda: under_way([2, 1], beyond=1), 150, log)
+        wait_for(lambda: under_way([2], beyond=3), 240, log)
+        # With SIGKILL it works too, but Ray takes 15 s to notice and then waits 60 s for workers on the lost node.
+        local.stop([leaving])
+        wait_for(lambda: under_way([2, 1], beyond=1), 240, log)
         with node(ray_cluster, tmp_path / "coming.log"):
-            wait_for(lambda: under_way([2, 1, 2]), 150, tmp_path / "coming.log")
+            wait_for(lambda: under_way([2, 1, 2]), 240, tmp_path / "coming.log")
             (tmp_path / "pace").unlink()
-            run.join(120)
+            run.join(240)
     assert outcome, "the run did not end"
     assert_same(curve_of(str(path)), curve_of(calm.path), loss=1e-5, norm=1e-4)
     tokens = [[row["tokens"] for row in RunFolder.open(which).metrics()] for which in (path, calm.path)]
@@ -88,7 +93,7 @@ def test_a_node_goes_and_another_comes(
     assert reasons[0] == "a worker died" and reasons[-1] == "another number of workers"
 
 
-def seats(count: int) -> bool:
+def seats() -> float:
     import ray
 
-    return ray.cluster_resources().get("seat", 0) == count
+    return float(ray.cluster_resources().get("seat", 0))
