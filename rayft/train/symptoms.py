@@ -20,9 +20,7 @@ class Symptom:
     remedy: str
 
 
-def symptoms(
-    recipe: Recipe, rows: Sequence[Row], events: Sequence[Event], stats: Mapping[str, Any]
-) -> list[Symptom]:
+def symptoms(recipe: Recipe, rows: Sequence[Row], events: Sequence[Event], stats: Mapping[str, Any]) -> list[Symptom]:
     """All symptoms of a run, the gravest first; empty for a healthy one. `stats` are those of `Prepared`."""
     found = (
         _divergence(recipe, events),

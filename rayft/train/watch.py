@@ -218,4 +218,3 @@ class Watch:
             f"the mean loss of the last {len(after)} steps is {fmean(after):.4g}, "
             f"of the {len(before)} before {fmean(before):.4g}, at the start {start:.4g}"
         )
-
