@@ -43,14 +43,14 @@ def plot_history(rows: Sequence[TrialRow], objectives: Sequence[Objective], path
         style.frame(axes)
     style.legend(panels[0])
     style.legend(lowest)
-    lowest.set_xlim(-0.7, last + 0.7)
+    lowest.set_xlim(-0.7, max(last, 5) + 0.7)
     lowest.set_xlabel("trial")
     style.whole_numbers(lowest)
     style.save(figure, title, path)
 
 
 def plot_curves(
-    rows: Sequence[TrialRow], objective: Objective, path: str | Path, title: str = "", rungs: Sequence[int] = ()
+    rows: Sequence[TrialRow], objective: Objective, path: str | Path, title: str = "", rungs: Sequence[float] = ()
 ) -> None:
     """Write a PNG: the objective of each trial at its evaluations. `rungs`: steps at which trials were stopped."""
     figure = style.canvas(4.4)
