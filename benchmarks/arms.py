@@ -59,7 +59,10 @@ class ProcessArm:
         return time.perf_counter() - begin
 
     def finish(self) -> None:
+        """Let it do what is left of its steps, one at most, and end."""
         self.go()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.wait()
 
     def launch(self) -> None:
@@ -195,7 +198,7 @@ class GatedRecorder(launch.RunRecorder):
         return super().should_stop()
 
 
-def opengate() -> Any:
+def open_gate() -> Any:
     """Put all runs of this process behind the gate, as long as what is returned is kept."""
     launch.RunRecorder = GatedRecorder  # type: ignore[misc]
     return ray.remote(Gate).options(name=GATE, num_cpus=0).remote()

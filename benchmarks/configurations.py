@@ -65,7 +65,8 @@ class Bench:
         return recipe
 
     def shared(self) -> dict[str, Any]:
-        data: dict[str, Any] = {"train": str(self.folder / "rows.jsonl"), "max_length": self.length}
+        # Trained on all tokens, or a row whose answer is cut off would be left out.
+        data: dict[str, Any] = {"train": str(self.folder / "rows.jsonl"), "max_length": self.length, "train_on": "all"}
         if self.validation:
             data["validation"] = self.validation
         return {

@@ -93,7 +93,8 @@ def memory_claims(folder: Path, base: str, quick: bool) -> None:
     trainer = PeerArm("trainer", options | {"steps": bench.steps, "batch": 1, "seed": SEED}, threads=1)
     for arm in (eight, one, trainer):
         arm.start()
-        arm.step()
+        for _ in range(bench.steps - 1):
+            arm.step()
         arm.finish()
     ours, single, process = (arm.answers[-1] for arm in (eight, one, trainer))
     shared = process["file_memory"]  # libraries, which eight processes have in memory once
