@@ -20,8 +20,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Ray lowers its workers' priority, and the peers run at the normal one.
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so; it lowers workers, and the peers run at 0
 
 import ray
 from arms import Arm, PeerArm, ProcessArm, TogetherArm, open_gate, race

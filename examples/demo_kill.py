@@ -26,7 +26,6 @@ from typing import Any
 from rayft import config
 from rayft.runs.folder import RunFolder
 from rayft.train.plots import plot_compare
-from rayft.train.recorder import read_lines
 
 PATIENCE = 3600
 """Seconds without the awaited step before the demonstration gives up."""
@@ -56,11 +55,11 @@ class Run:
         return RunFolder.open(self.path).record.created if (self.path / "run.json").exists() else None
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_lines(self.path / "events.jsonl") if event["kind"] == kind]
+        return [event for event in RunFolder.open(self.path).events() if event["kind"] == kind]
 
     def step(self) -> int:
         """The last optimiser step that was logged."""
-        rows = read_lines(self.path / "metrics.jsonl")
+        rows = RunFolder.open(self.path).metrics()
         return rows[-1]["step"] if rows else 0
 
     def wait(self, condition: Callable[[], bool]) -> None:

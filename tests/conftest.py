@@ -134,6 +134,19 @@ def tiny_model_folder(tiny_model_factory: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """An S3 server of this session (`tests.s3.Bucket`): `s3.uri("bucket/runs")`; child processes reach it too."""
+    from tests.s3 import serve
+
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_EC2_METADATA_DISABLED": "true"}
+    os.environ.update(keys)
+    with serve() as server:
+        yield server
+    for name in keys:
+        del os.environ[name]
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[str]:
     """Address of the session's one local Ray node (4 logical CPUs); child processes find it through RAY_ADDRESS."""
     import ray

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Group
 from rich.text import Text
 
+from rayft.cli.modes import Modes, takes_modes
 from rayft.cli.output import STOPPED, Report, execute, facts_table
 from rayft.cli.quiet import quiet
 from rayft.cli.words import Debug, Json, Words, split
-from rayft.errors import UsageError
 
 HIDDEN = (
     *("time", "seconds", "learning_rate", "padding_tokens", "seconds_per_step", "supervised_tokens_per_second"),
@@ -19,18 +19,11 @@ HIDDEN = (
 )
 """Scalars that metrics.jsonl, --json and the report have, but that nobody needs at the end of a run."""
 
-Resume = Annotated[bool, typer.Option("--resume", help="Continue the run of this name.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run of this name.")]
-New = Annotated[bool, typer.Option("--new", help="Append -2, -3, ... to a name in use.")]
 
-Mode = Literal["fail", "resume", "overwrite", "new"]
-
-
+@takes_modes
 def train(
+    modes: Modes,
     words: Words = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    new: New = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, plan and memory; start nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Three steps, save, reload and generate.")] = False,
     json: Json = False,
@@ -40,7 +33,7 @@ def train(
 
     def work() -> Report:
         source, overrides = split(words)
-        mode = _mode(resume=resume, overwrite=overwrite, new=new)
+        mode = modes.one()
         quiet()
         if dry_run:
             from rayft.train import dry_run as plan
@@ -73,16 +66,15 @@ def evaluate(words: Words = None, json: Json = False, debug: Debug = False) -> N
     execute(work, json, debug)
 
 
+@takes_modes
 def submit(
+    modes: Modes,
     words: Words = None,
     address: Annotated[
         str | None,
         typer.Option(help="Dashboard of the cluster, such as http://head:8265; else $RAY_API_SERVER_ADDRESS."),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Print the job's log until it ends.")] = True,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    new: New = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -90,7 +82,7 @@ def submit(
 
     def work() -> Report:
         source, overrides = split(words)
-        mode = _mode(resume=resume, overwrite=overwrite, new=new)
+        mode = modes.one()
         quiet()
         from rayft.runtime.jobs import submit as submit_job
 
@@ -98,20 +90,6 @@ def submit(
         return Report(job, facts_table(job))
 
     execute(work, json, debug)
-
-
-def _mode(resume: bool, overwrite: bool, new: bool) -> Mode:
-    """What happens when the run's name is in use. Raises UsageError R111 for two answers at once."""
-    given: list[Mode] = []
-    if resume:
-        given.append("resume")
-    if overwrite:
-        given.append("overwrite")
-    if new:
-        given.append("new")
-    if len(given) > 1:
-        raise UsageError("R111", f"--{' and --'.join(given)} exclude each other")
-    return given[0] if given else "fail"
 
 
 def _trained(result: Any) -> Report:

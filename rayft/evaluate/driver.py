@@ -13,6 +13,7 @@ from rayft.evaluate.result import Measured, Sample, Score
 from rayft.evaluate.subject import Subject, subject
 from rayft.evaluate.worker import News, Share, Side, measure
 from rayft.metrics.registry import named
+from rayft.runs.storage import locate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,9 +74,9 @@ def _shares(what: Subject, preparation: Preparation) -> list[Share]:
         Share(
             recipe=preparation.recipe.model_dump(mode="json"),
             base=preparation.base,
-            trained=what.trained.fetch() if what.trained else None,
+            trained=what.trained.path if what.trained else None,
             kind=what.trained.kind if what.trained else None,
-            data_folder=preparation.data.folder,
+            data_folder=preparation.settled.data_folder,
             data_hash=preparation.data.hash,
             device=preparation.device,
             threads=None if placement is None else placement.cpus_per_worker,
@@ -147,7 +148,7 @@ def _next(what: Subject) -> str:
         return "rayft train with the same recipe, then rayft evaluate again"
     if what.trained.run is None:
         return f"rayft evaluate {_from_here(what.trained.path)} data.validation=YOUR.jsonl"
-    recipe = _from_here(f"{what.trained.run}/recipe.yaml")
+    recipe = _from_here(str(locate(what.trained.run) / "recipe.yaml"))
     return f"rayft train {recipe} name=mine data.train=YOUR.jsonl data.validation=0.1"
 
 

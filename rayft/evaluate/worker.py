@@ -47,11 +47,12 @@ def measure(share: Share) -> Iterator[News]:
     """Load the models and measure them, with news after every batch."""
     import torch
 
-    from rayft.data import Prepared
     from rayft.evaluate.measure import answers, loss_sums
     from rayft.evaluate.questions import questions
     from rayft.inference.hf import HFGenerator, active_adapter
     from rayft.models.load import dtype_of
+    from rayft.runs import reference
+    from rayft.train.preparation import data_here
     from rayft.train.worker import quiet
 
     quiet()
@@ -59,12 +60,13 @@ def measure(share: Share) -> Iterator[News]:
         torch.set_num_threads(share.threads)
     recipe = Recipe.model_validate(share.recipe)
     device = "cuda" if share.device == "gpu" else "cpu"
-    prepared = Prepared(share.data_folder, share.data_hash)
+    prepared = data_here(share.data_folder, share.data_hash)
+    trained = reference.on_this_machine(share.trained) if share.trained else None
     examples = prepared.split("validation")
     assert examples is not None
     asked = questions(prepared, recipe.evaluate)
     mine = range(share.index, len(asked), share.count)
-    for side, model, tokenizer in _sides(share, recipe, device):
+    for side, model, tokenizer in _sides(share, trained, recipe, device):
         yield News(side, 0, len(mine))
         bare = side == "base"
         sums = loss_sums(model, examples, range(share.index, len(examples), share.count), recipe, tokenizer, bare=bare)
@@ -78,14 +80,14 @@ def measure(share: Share) -> Iterator[News]:
         yield News(side, len(mine), len(mine), sums, texts)
 
 
-def _sides(share: Share, recipe: Recipe, device: str) -> Iterator[tuple[Side, Any, Any]]:
+def _sides(share: Share, trained: str | None, recipe: Recipe, device: str) -> Iterator[tuple[Side, Any, Any]]:
     """(side, model, tokenizer). An adapter and its base are one model in memory; two models follow each other."""
     from rayft.models import hub, load
     from rayft.models.save import load_trained
 
     if share.kind == "adapter":
-        assert share.trained is not None
-        model, tokenizer = load_trained(share.trained, device=device, dtype=load.dtype_of(recipe, device))
+        assert trained is not None
+        model, tokenizer = load_trained(trained, device=device, dtype=load.dtype_of(recipe, device))
         yield "base", model, tokenizer
         yield "tuned", model, tokenizer
         return
@@ -93,6 +95,6 @@ def _sides(share: Share, recipe: Recipe, device: str) -> Iterator[tuple[Side, An
         folder = hub.fetch(share.base, recipe.model.revision)
         yield "base", load.load_base(recipe, folder, device), load.load_tokenizer(recipe, folder)
         gc.collect()
-    if share.trained is not None:  # in fp32 as in training, which computes in `dtype` from fp32 masters
-        model, tokenizer = load_trained(share.trained, device=device, dtype="fp32")
+    if trained is not None:  # in fp32 as in training, which computes in `dtype` from fp32 masters
+        model, tokenizer = load_trained(trained, device=device, dtype="fp32")
         yield "tuned", model, tokenizer

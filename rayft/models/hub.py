@@ -24,6 +24,7 @@ from typing import Literal
 from filelock import FileLock
 
 from rayft.errors import UsageError
+from rayft.home import home
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def catalogue() -> list[Alias]:
 
 def cache_folder() -> Path:
     """``$RAYFT_HOME/models``."""
-    return Path(os.environ.get("RAYFT_HOME") or "~/.cache/rayft").expanduser() / "models"
+    return home() / "models"
 
 
 def fetch(base: str, revision: str | None = None, resolve_run: Callable[[str], str] | None = None) -> str:

@@ -20,10 +20,12 @@ from ruamel.yaml import YAML
 from rayft.config.recipe import Recipe
 from rayft.config.resolve import Resolved
 from rayft.errors import RayftError, RunStopped, UsageError
+from rayft.home import home
 from rayft.runs import checkpoints
 from rayft.runs.changes import Change, changes
 from rayft.runs.checkpoints import CHECKPOINTS
-from rayft.runs.metrics import MetricsLog, read_rows
+from rayft.runs.lines import Lines, read_lines
+from rayft.runs.metrics import MetricsLog, Row
 from rayft.runs.record import SCHEMA, RunRecord, State, now
 from rayft.runs.storage import Location, check_writable, is_committed, locate, lock, staged, write_atomic
 
@@ -165,8 +167,7 @@ class RunFolder:
         """A folder on this machine for the run's working files: the run itself, or a stand-in for one in a bucket."""
         if self.location.is_local:
             return self.location.local
-        home = Path(os.environ.get("RAYFT_HOME") or "~/.cache/rayft").expanduser()
-        folder = home / "runs" / hashlib.sha256(self.path.encode()).hexdigest()[:16]
+        folder = home() / "runs" / hashlib.sha256(self.path.encode()).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -218,28 +219,29 @@ class RunFolder:
                 return self.location / name
         return None
 
-    # Metrics
+    # Metrics and events: written by one process of a run
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add scalars of a step; see `MetricsLog.append`."""
-        self._writable_metrics().append(row)
-
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the rows beyond ``step``, from whose checkpoint the run goes on."""
-        self._writable_metrics().rewind(step)
-
-    def flush_metrics(self) -> None:
-        """Upload the rows that a bucket does not have yet; `finish` does it too, where the rows were appended here."""
-        if self._metrics:
-            self._metrics.flush()
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return self._metrics.rows() if self._metrics else read_rows(self.location / "metrics.jsonl")
-
-    def _writable_metrics(self) -> MetricsLog:
+    def metrics_log(self) -> MetricsLog:
+        """``metrics.jsonl`` for the process that writes it."""
         if self._metrics is None:
             self._metrics = MetricsLog(self.location / "metrics.jsonl", self.scratch)
         return self._metrics
+
+    def events_log(self) -> Lines:
+        """``events.jsonl`` for the process that writes it."""
+        return Lines(self.location / "events.jsonl", self.scratch)
+
+    def append_metrics(self, row: Row) -> None:
+        """Add scalars of a step; see `MetricsLog.append`."""
+        self.metrics_log().append(row)
+
+    def metrics(self) -> list[Row]:
+        """The rows, by step."""
+        return self._metrics.rows() if self._metrics else read_lines(self.location / "metrics.jsonl")
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, in order: `kind`, `time` (Unix seconds), then facts."""
+        return read_lines(self.location / "events.jsonl")
 
     # Checkpoints
 
@@ -255,11 +257,6 @@ class RunFolder:
         if found:
             self._delete_replaced()
         return found
-
-    def latest_checkpoint(self) -> tuple[int, str] | None:
-        """Step and folder of the newest checkpoint in which every byte is right; damaged ones are warned about."""
-        found = checkpoints.latest(self.location)
-        return (found[0], str(found[1])) if found else None
 
     # State
 
@@ -285,7 +282,8 @@ class RunFolder:
 
     def finish(self, state: Literal["finished", "failed", "stopped"], **facts: Any) -> None:
         """End the run: the state and facts are written, metrics uploaded, the lock given back."""
-        self.flush_metrics()
+        if self._metrics:
+            self._metrics.flush()
         self.record.state, self.record.ended = state, now()
         self.note(**facts)
         if state == "finished":

@@ -8,7 +8,7 @@ from typing import Any
 from rayft.errors import UsageError
 from rayft.runs.folder import TRASH, RunFolder
 from rayft.runs.reference import find, search_path
-from rayft.runs.storage import locate
+from rayft.runs.storage import Location, locate
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,16 @@ def list_runs(storage: str | None = None) -> list[RunSummary]:
     for place in search_path(storage):
         for child in place.children():
             if (child / "run.json").is_file():
-                found.append(summary(RunFolder.open(child)))
+                found.append(_summary_of(child))
     return sorted(found, key=lambda run: run.created, reverse=True)
+
+
+def _summary_of(place: Location) -> RunSummary:
+    """One damaged run, or one of a newer rayft, must not hide the others."""
+    try:
+        return summary(RunFolder.open(place))
+    except UsageError as problem:
+        return RunSummary(place.name, "?", f"unreadable ({problem.id})", "", None, str(place))
 
 
 def summary(run: RunFolder) -> RunSummary:

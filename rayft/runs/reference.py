@@ -7,14 +7,14 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from rayft.errors import UsageError
+from rayft.home import home
 from rayft.runs import checkpoints
 from rayft.runs.content import content_hash
 from rayft.runs.folder import RunFolder
-from rayft.runs.storage import Location, is_committed, locate
+from rayft.runs.storage import Location, local_copy, locate
 
 Kind = Literal["adapter", "model"]
 _REFERENCE = re.compile(r"run:(?P<name>[a-z0-9][a-z0-9._-]*)(?:@(?P<which>final|best|last|(?:step|trial|round)-\d+))?$")
@@ -40,14 +40,7 @@ class AdapterRef:
     def fetch(self) -> str:
         """A folder on this machine with the same content: the path itself, or a download from the bucket."""
         location = locate(self.path)
-        if location.is_local:
-            return self.path
-        home = Path(os.environ.get("RAYFT_HOME") or "~/.cache/rayft").expanduser()
-        target = locate(home / "adapters" / self.content_hash)
-        if not is_committed(target):
-            location.copy_to(target)
-            (target / ".complete").write(b"")
-        return str(target)
+        return self.path if location.is_local else local_copy(location, home() / "adapters" / self.content_hash)
 
 
 def resolve(ref: str, storage: str | None = None) -> AdapterRef:
@@ -66,6 +59,11 @@ def resolve(ref: str, storage: str | None = None) -> AdapterRef:
     if (location / "run.json").is_file():
         return _in_run(RunFolder.open(location), None)
     return _weights(location, RunFolder.open(location.parent) if (location.parent / "run.json").is_file() else None)
+
+
+def on_this_machine(path: str) -> str:
+    """The folder of weights that a resolved reference named, or its copy on this machine when it lies in a bucket."""
+    return _weights(locate(path), None).fetch()
 
 
 def parse(ref: str) -> tuple[str, str | None]:

@@ -24,18 +24,23 @@ MARKER = ".complete"
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder: ``path`` inside ``filesystem``. ``str()`` gives a path or URI that opens it again."""
+    """A file or folder: ``path`` inside ``filesystem``. ``str()`` gives a path or URI that opens it again.
+
+    In a bucket the URI says more than the path (host, account), and a query may follow it (endpoint, region): what lies
+    in a folder is ``folder / name``, never ``f"{folder}/{name}"``.
+    """
 
     filesystem: fs.FileSystem
     path: str
-    scheme: str = ""
+    uri: str = ""
+    """Without the query; empty on a local file system."""
     query: str = ""
 
     def __str__(self) -> str:
-        return f"{self.scheme}{self.path}{self.query}"
+        return f"{self.uri or self.path}{self.query}"
 
     def __truediv__(self, name: str) -> Location:
-        return Location(self.filesystem, f"{self.path}/{name}", self.scheme, self.query)
+        return Location(self.filesystem, f"{self.path}/{name}", self.uri and f"{self.uri}/{name}", self.query)
 
     @property
     def name(self) -> str:
@@ -43,7 +48,7 @@ class Location:
 
     @property
     def parent(self) -> Location:
-        return Location(self.filesystem, self.path.rsplit("/", 1)[0], self.scheme, self.query)
+        return Location(self.filesystem, self.path.rsplit("/", 1)[0], self.uri.rsplit("/", 1)[0], self.query)
 
     @property
     def is_local(self) -> bool:
@@ -131,14 +136,15 @@ def locate(place: str | os.PathLike[str] | Location) -> Location:
     if "://" not in text:
         return Location(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text)))
     bare, mark, query = text.partition("?")
-    scheme = bare.split("://", 1)[0]
     try:
         filesystem, path = fs.FileSystem.from_uri(text)
     except ValueError:  # pyarrow does not know this scheme
         filesystem, path = _through_fsspec(text)
+    except OSError as problem:
+        raise _not_opened(text, problem) from problem
     if isinstance(filesystem, fs.LocalFileSystem):
         return Location(filesystem, path.rstrip("/"))
-    return Location(filesystem, path.rstrip("/"), f"{scheme}://", mark + query)
+    return Location(filesystem, path.rstrip("/"), bare.rstrip("/"), mark + query)
 
 
 def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
@@ -146,11 +152,15 @@ def _through_fsspec(uri: str) -> tuple[fs.FileSystem, str]:
 
     try:
         handler, path = fsspec.core.url_to_fs(uri)
-    except (ValueError, ImportError) as problem:
-        raise UsageError(
-            "R415", f"storage {uri!r} cannot be opened: {problem}", "use a folder, s3://, gs:// or abfss://"
-        ) from problem
+    except (ValueError, ImportError, OSError) as problem:
+        raise _not_opened(uri, problem) from problem
     return fs.PyFileSystem(fs.FSSpecHandler(handler)), path
+
+
+def _not_opened(uri: str, problem: Exception) -> UsageError:
+    return UsageError(
+        "R415", f"storage {uri!r} cannot be opened: {problem}", "use a folder, s3://, gs:// or abfss:// within reach"
+    )
 
 
 def _replace_local(path: Path, data: bytes) -> None:
@@ -165,6 +175,16 @@ def _replace_local(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def local_copy(place: Location, target: Path) -> str:
+    """Copy a folder of a bucket to ``target`` on this machine, once for all processes here, and return its path."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not is_committed(target):
+            with staged(locate(target)) as folder:
+                place.copy_to(locate(folder))
+    return str(target)
 
 
 def write_atomic(place: str | os.PathLike[str] | Location, data: bytes | str) -> None:

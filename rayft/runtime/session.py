@@ -28,7 +28,7 @@ def connect(recipe: Recipe | None = None) -> str:
 
     In this order: the session that exists already, $RAY_ADDRESS, the cluster that `ray start` left on this machine,
     a new one of this machine alone that ends with the process. Usage statistics are off. `scale.env` names variables
-    that workers get; one that is not set here is R510.
+    that every task and actor of the run gets; one that is not set here is R510.
 
     Raises UsageError: R501 nobody answers at the address, R502 the cluster refuses our token, R509 the address is not
     one of a head node, R510.
@@ -56,7 +56,10 @@ def connect(recipe: Recipe | None = None) -> str:
         )
     if address != "auto":
         auth.settle(address)
-    ray.init(address, **_speech())
+    variables = {**inherited(), **(environment(recipe) if recipe else {})}
+    # In a job they are the job's already, and Ray refuses to be told twice.
+    runtime_env = {"env_vars": variables} if variables and not in_job() else None
+    ray.init(address, runtime_env=runtime_env, **_speech())
     return address
 
 
@@ -70,6 +73,12 @@ def environment(recipe: Recipe) -> dict[str, str]:
             "export it, or take it out of scale.env",
         )
     return {name: os.environ[name] for name in recipe.scale.env}
+
+
+def inherited() -> dict[str, str]:
+    """Variables of this process that say where models, data and working files lie, and whether there is a network."""
+    names = ("RAYFT_HOME", "HF_HUB_OFFLINE", "HF_HOME")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def in_job() -> bool:

@@ -11,13 +11,14 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
 from rayft.errors import RunFailed
-from rayft.runs import manifest
-from rayft.runs.storage import Location, locate
+from rayft.runs import checkpoints
+from rayft.runs.storage import Location, local_copy, locate
 
 FACTS = "rayft.json"
 """Inside a checkpoint: step, workers, strategy and the state of what watches the run."""
@@ -48,27 +49,25 @@ class Diverged:
 
 
 def choose(candidates: Iterable[str], diverged: Diverged | None = None) -> Start:
-    """The newest candidate that is whole and not spoilt by a divergence. Names begin with step and attempt."""
-    skipped = []
-    for place in sorted(map(locate, candidates), key=lambda place: place.name, reverse=True):
-        if problems := manifest.verify(place):
-            skipped.append(f"{place.name}: {'; '.join(problems[:3])}")
-            continue
-        facts = json.loads((place / FACTS).read())
-        if diverged is None or not diverged.spoilt(facts):
-            return Start(_on_this_machine(place), facts, tuple(skipped))
-    return Start(None, {}, tuple(skipped))
+    """The newest candidate that is whole and not spoilt by a divergence."""
+
+    def good(place: Location) -> bool:
+        return diverged is None or not diverged.spoilt(_facts(place))
+
+    newest, skipped = checkpoints.newest_whole(map(locate, candidates), good)
+    if newest is None:
+        return Start(None, {}, tuple(skipped))
+    return Start(_on_this_machine(newest), _facts(newest), tuple(skipped))
+
+
+def _facts(place: Location) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((place / FACTS).read())
+    return facts
 
 
 def _on_this_machine(place: Location) -> str:
     """The folder itself, or a copy of it where it lies in a bucket (one download per node)."""
-    if place.is_local:
-        return str(place)
-    copy = _cached(place, "copy")
-    with FileLock(f"{copy}.lock"):
-        if manifest.verify(copy):
-            place.copy_to(locate(copy))
-    return copy
+    return str(place) if place.is_local else local_copy(place, Path(_cached(place, "copy")))
 
 
 def _cached(place: Location, kind: str) -> str:

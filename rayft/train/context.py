@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from rayft.runs.storage import Location, locate
 from rayft.train.recorder import Recorder
 
 
@@ -74,7 +75,7 @@ class Context(Protocol):
 class LocalContext:
     """One worker without Ray. Checkpoints are moved into `folder`."""
 
-    folder: str
+    folder: Location
     recording: Recording
     on_checkpoint: Any
     rank: int = 0
@@ -88,8 +89,12 @@ class LocalContext:
     def report(self, metrics: dict[str, Any], folder: str | None, name: str | None, last: bool) -> None:
         if folder is None or name is None:
             return
-        target = os.path.join(self.folder, name)
-        shutil.move(folder, target)
+        target = self.folder / name
+        if target.is_local:
+            os.makedirs(self.folder.local, exist_ok=True)
+            shutil.move(folder, target.local)
+        else:
+            locate(folder).move_to(target)
         self.on_checkpoint(metrics, target)
 
     def preempted(self) -> bool:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rayft.config.recipe import Recipe
 from rayft.metrics import perplexity
-from rayft.runs import manifest
+from rayft.runs import checkpoints, manifest
 from rayft.train.checkpoint import FACTS
 from rayft.train.context import Context
 from rayft.train.loader import MicroBatches
@@ -146,6 +146,7 @@ class ClusterCallback(TrainerCallback):
         folder = os.path.join(args.output_dir or "", f"checkpoint-{step}")
         os.makedirs(folder, exist_ok=True)
         if self.context.rank == 0:
+            self.context.recording.tell("flush")  # a bucket has no checkpoint without the rows before it
             facts = {
                 "step": step,
                 "attempt": self.attempt,
@@ -163,7 +164,7 @@ class ClusterCallback(TrainerCallback):
             metrics["validation_loss"] = self._validation_loss
         last = control.should_training_stop or step >= state.max_steps
         with self.speed.report():
-            self.context.report(metrics, folder, f"step-{step:08d}-a{self.attempt}", last)
+            self.context.report(metrics, folder, checkpoints.name_of(step, self.attempt), last)
         return control
 
     def _score(self, step: int) -> float:

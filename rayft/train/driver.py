@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -28,6 +29,9 @@ ANSWER = "rayft.evaluate.answers:answer"
 """Import path of the function that generates at evaluations. A path, because training knows nothing of inference."""
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """A finished training run. `metrics`: the last value of each scalar, such as loss and validation_loss."""
@@ -41,13 +45,14 @@ class TrainResult:
     @property
     def folder(self) -> str:
         """The stock PEFT adapter or transformers model."""
-        return f"{self.path}/{self.kind}"
+        return str(locate(self.path) / self.kind)
 
     def load(self) -> tuple[Any, Any]:
         """(model, tokenizer), ready to generate."""
         from rayft.models.save import load_trained
+        from rayft.runs.reference import on_this_machine
 
-        return load_trained(self.folder)
+        return load_trained(on_this_machine(self.folder))
 
 
 def fit(
@@ -99,7 +104,7 @@ def _run(
     folder: RunFolder, prepared: Preparation, answer: str | None, console: Console | None, quiet: bool
 ) -> TrainResult:
     from rayft.train.attempts import run_to_end
-    from rayft.train.finish import chosen_step, export, report
+    from rayft.train.finish import chosen_step, export
     from rayft.train.launch import LocalLauncher, RayLauncher
     from rayft.train.progress import Progress
 
@@ -124,14 +129,24 @@ def _run(
             )
         facts["result_step"] = chosen_step(facts, recipe.train.load_best_model_at_end)
         facts["kind"] = export(folder, facts["result_step"], settled.dtype)
-        report(folder, launcher.recording, prepared.data.stats, facts)
+        _report(folder, launcher, prepared, facts)
     except RayftError:
-        report(folder, launcher.recording, prepared.data.stats, {"seconds": time.time() - began})
+        _report(folder, launcher, prepared, {"seconds": time.time() - began})
         raise
     finally:
         launcher.close()
     folder.finish("finished", **facts)
     return result_of(folder)
+
+
+def _report(folder: RunFolder, launcher: Launcher, prepared: Preparation, facts: dict[str, Any]) -> None:
+    """Write the report. What goes wrong there costs neither a trained model nor the error that ended the run."""
+    from rayft.train.finish import report
+
+    try:
+        report(folder, launcher.recording, prepared.data.stats, facts)
+    except Exception as error:
+        logger.warning("report.md of run %r could not be written: %s: %s", folder.name, type(error).__name__, error)
 
 
 def result_of(folder: RunFolder) -> TrainResult:

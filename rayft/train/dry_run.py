@@ -61,7 +61,7 @@ def dry_run(source: str | Path | Mapping[str, Any] | Recipe | None = None, overr
     if not hub.is_here(base):
         return DryRun(values, missing=f"{base} is not on this machine yet (rayft models pull {base})")
     device = device_here(recipe)
-    settled = settle(recipe.model_dump(mode="json"), base, device)
+    settled = settle(recipe.model_dump(mode="json"), base, device, shared=False)
     asked = recipe.scale.workers
     workers = max(1, asked[1] if isinstance(asked, tuple) else 1 if asked == "auto" else asked)
     prepared = Preparation(recipe, None, device, base, init_adapter, settled, workers)

@@ -5,51 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rayft.config.recipe import Recipe
+from rayft.home import home
 from rayft.runs.folder import CHECKPOINTS, RunFolder
+from rayft.runs.metrics import Row
+from rayft.runs.storage import Location, locate
+from rayft.runtime import session
 from rayft.train.context import ActorRecording, LocalContext, LocalRecording, Recording
-from rayft.train.recorder import Event, LocalSink, Recorder, Row
-from rayft.train.trackers import Trackers
+from rayft.train.recorder import Recorder
+from rayft.train.trackers import TENSORBOARD, Trackers
 from rayft.train.worker import Job, ray_worker, run
 
-
-class RunSink:
-    """Rows go into the run's metrics.jsonl, events into events.jsonl beside it."""
-
-    def __init__(self, path: str) -> None:
-        self._run = RunFolder.open(path)
-        self._events = LocalSink(self._run.scratch)
-
-    def append_metrics(self, row: Row) -> None:
-        self._run.append_metrics(row)
-
-    def rewind_metrics(self, step: int) -> None:
-        self._run.rewind_metrics(step)
-
-    def read_metrics(self) -> list[Row]:
-        return self._run.metrics()
-
-    def append_event(self, event: Event) -> None:
-        self._events.append_event(event)
-
-    def read_events(self) -> list[Event]:
-        return self._events.read_events()
-
-    def flush(self) -> None:
-        """Upload what is still only on this machine, where the run lies in a bucket."""
-        self._run.flush_metrics()
+RESIZE_SECONDS = 60.0
+"""How often an elastic run looks whether the cluster has room for another number of workers."""
 
 
 class RunRecorder(Recorder):
     """The recorder of a run folder, which passes every row on to the trackers that the recipe names."""
 
     def __init__(self, path: str, recipe: dict[str, Any]) -> None:
-        self._run_sink = RunSink(path)
-        super().__init__(self._run_sink)
-        run_folder = RunFolder.open(path)
+        run_folder = self._run_folder = RunFolder.open(path)
+        super().__init__(run_folder.metrics_log(), run_folder.events_log())
         last = max((row["step"] for row in self.rows()), default=0)
         names = recipe["train"]["report_to"]
         self._trackers = Trackers(names, str(run_folder.scratch), run_folder.name, recipe, last)
@@ -58,9 +36,15 @@ class RunRecorder(Recorder):
         super().log(row)
         self._trackers.log(row)
 
+    def flush(self) -> None:
+        super().flush()
+        board = locate(self._run_folder.scratch / TENSORBOARD)
+        if not self._run_folder.location.is_local and board.is_folder():
+            board.copy_to(self._run_folder.location / TENSORBOARD)
+
     def close(self) -> None:
         self._trackers.close()
-        self._run_sink.flush()
+        self.flush()
 
 
 @dataclass(frozen=True)
@@ -82,13 +66,10 @@ class LocalLauncher:
         self.run_folder = run_folder
         recorder = RunRecorder(run_folder.path, recipe.model_dump(mode="json"))
         self.recording: Recording = LocalRecording(recorder)
+        self.kept = _Kept(recipe.train.save_total_limit, run_folder)
 
     def launch(self, job: Job) -> dict[str, Any] | Died:
-        folder = self.run_folder.scratch / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
-        keep = Recipe.model_validate(job.recipe).train.save_total_limit
-        saved = _Kept(keep, self.run_folder)
-        return run(job, LocalContext(str(folder), self.recording, saved.add))
+        return run(job, LocalContext(self.run_folder.location / CHECKPOINTS, self.recording, self.kept.add))
 
     def close(self) -> None:
         self.recording.ask("close")
@@ -101,14 +82,12 @@ class _Kept:
         self.limit, self.run_folder = limit, run_folder
         self.scores: dict[str, tuple[float, int]] = {}
 
-    def add(self, metrics: dict[str, Any], folder: str) -> None:
-        import shutil
-
-        self.scores[folder] = (metrics["score"], metrics["step"])
+    def add(self, metrics: dict[str, Any], folder: Location) -> None:
+        self.scores[str(folder)] = (metrics["score"], metrics["step"])
         ranked = sorted(self.scores, key=self.scores.__getitem__)
         for worst in ranked[: -self.limit] if self.limit else []:
-            if worst != folder:
-                shutil.rmtree(worst)
+            if worst != str(folder):
+                locate(worst).remove()
                 del self.scores[worst]
         self.run_folder.index_checkpoints()
 
@@ -135,6 +114,7 @@ class RayLauncher:
         from ray.train.torch import TorchTrainer
 
         low, high = self.placement.workers
+        location = self.run_folder.location
         trainer = TorchTrainer(
             ray_worker,
             train_loop_config={"job": asdict(job), "recorder": self.actor},
@@ -142,10 +122,12 @@ class RayLauncher:
                 num_workers=(low, high) if low != high else low,
                 use_gpu=self.placement.use_gpu,
                 resources_per_worker=self.placement.resources,
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             ),
             run_config=RunConfig(
                 name=CHECKPOINTS,
-                storage_path=self.run_folder.path,
+                storage_path=location.path,
+                storage_filesystem=None if location.is_local else location.filesystem,
                 # Attempts are ours to count: only we know whether an error is worth another one.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
@@ -187,11 +169,10 @@ def worker_environment(recipe: Recipe) -> dict[str, str]:
     """Variables of every worker: those the recipe names, by value from this process, and quiet libraries."""
     passed = {name: os.environ[name] for name in recipe.scale.env if name in os.environ}
     always = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
-    inherited = {name: os.environ[name] for name in ("RAYFT_HOME", "HF_HUB_OFFLINE", "HF_HOME") if name in os.environ}
     if recipe.scale.strategy.startswith("zero"):
         # A build that a killed process left behind locks the shared folder for good: use one of our own.
-        always["TORCH_EXTENSIONS_DIR"] = str(Path(os.environ.get("RAYFT_HOME", "~/.cache/rayft")).expanduser() / "ops")
-    return always | inherited | passed
+        always["TORCH_EXTENSIONS_DIR"] = str(home() / "ops")
+    return always | session.inherited() | passed
 
 
 Launcher = LocalLauncher | RayLauncher

@@ -15,7 +15,7 @@ from rayft.config.train import Train
 from rayft.data import Examples
 from rayft.data.collate import collate
 from rayft.data.plan import worker_share
-from rayft.train.schedule import StepSchedule
+from rayft.data.schedule import StepSchedule
 
 
 class MicroBatches(Sampler[list[int]]):

@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from rayft.config import compatibility
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
+from rayft.data.prepared import STATS
+from rayft.data.schedule import StepSchedule
 from rayft.functions import load_function
+from rayft.home import home
 from rayft.metrics import registry
 from rayft.runs import reference
 from rayft.runs.folder import CHECKPOINTS, RunFolder
-from rayft.runs.storage import locate
-from rayft.train.schedule import StepSchedule
+from rayft.runs.storage import is_committed, local_copy, locate, staged
 from rayft.train.worker import Job
 
 MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}
@@ -51,9 +53,9 @@ class Preparation:
     workers: int = 1
     """The most workers there can be."""
 
-    @property
+    @cached_property
     def data(self) -> Prepared:
-        return Prepared(self.settled.data_folder, self.settled.data_hash)
+        return data_here(self.settled.data_folder, self.settled.data_hash)
 
     @cached_property
     def schedule(self) -> StepSchedule:
@@ -78,7 +80,7 @@ class Preparation:
             base=self.base,
             data_folder=self.settled.data_folder,
             data_hash=self.settled.data_hash,
-            checkpoints=f"{folder.path}/{CHECKPOINTS}",
+            checkpoints=str(folder.location / CHECKPOINTS),
             device=self.device,
             threads=self.placement.cpus_per_worker if self.placement is not None else max(1, (os.cpu_count() or 2) - 1),
             micro_batch_size=former["micro_batch_size"],
@@ -114,15 +116,16 @@ def prepare(recipe: Recipe) -> Preparation:
 
 
 def base_of(recipe: Recipe) -> tuple[str, str | None]:
-    """(base model, adapter to continue), with references to runs resolved to folders."""
+    """(base model, adapter to continue), with references to runs resolved to folders or URIs of a bucket."""
     base, init = recipe.model.base, recipe.adapter.init_from if recipe.adapter else None
     if base.startswith("run:"):
-        base = reference.resolve(base, recipe.storage).fetch()
-    return base, reference.resolve(init, recipe.storage).fetch() if init else None
+        base = reference.resolve(base, recipe.storage).path
+    return base, reference.resolve(init, recipe.storage).path if init else None
 
 
-def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
-    """On a node like a worker's: fetch the base, render the data, decide the number format."""
+def settle(recipe_data: dict[str, Any], base: str, device: str, shared: bool = True) -> Settled:
+    """On a node like a worker's: fetch the base, render the data (`shared`: so that all nodes find it), decide the
+    number format."""
     from rayft.data.prepare import prepare as prepare_data
     from rayft.models import hub, identity, load
     from rayft.train.strategy import check_trainer_args
@@ -138,7 +141,7 @@ def settle(recipe_data: dict[str, Any], base: str, device: str) -> Settled:
         base_hash=identity.base_hash(folder),
         template_hash=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         dtype=load.dtype_of(recipe, device),
-        data_folder=data.folder,
+        data_folder=_shared_data(data, recipe) if shared else data.folder,
         data_hash=data.hash,
     )
 
@@ -157,7 +160,27 @@ def data_cache(recipe: Recipe) -> str:
     storage = locate(recipe.storage)
     if storage.is_local:
         return str(storage.local / ".cache" / "data")
-    return str(Path(os.environ.get("RAYFT_HOME", "~/.cache/rayft")).expanduser() / "data")
+    return str(home() / "data")
+
+
+def data_here(folder: str, hash: str) -> Prepared:
+    """Rendered data on this machine. Where runs lie in a bucket it was rendered on one node: the others take a copy."""
+    place, here = locate(folder), home() / "data" / hash
+    if not place.is_local:
+        folder = str(here) if (here / STATS).exists() else local_copy(place, here)
+    return Prepared(folder, hash)
+
+
+def _shared_data(data: Prepared, recipe: Recipe) -> str:
+    """Where all nodes find rendered data: the folder itself, or its copy in the bucket of the runs."""
+    storage = locate(recipe.storage)
+    if storage.is_local:
+        return data.folder
+    place = storage / ".cache" / "data" / data.hash
+    if not is_committed(place):
+        with staged(place) as folder:
+            shutil.copytree(data.folder, folder, dirs_exist_ok=True)
+    return str(place)
 
 
 def _elsewhere(placement: Any, work: Callable[..., Any], *arguments: Any) -> Any:

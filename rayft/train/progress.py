@@ -30,9 +30,11 @@ class State:
         """Take over rows; returns the new events, which are shown once."""
         self.restarts = snapshot["restarts"]
         for row in snapshot["rows"]:
-            if self._times and row["step"] <= self._times[-1][0]:
+            last = self._times[-1][0] if self._times else -1
+            if row["step"] < last:
                 self._times = []  # the run went back: the pace is measured anew
-            self._times = [*self._times[-50:], (row["step"], row["time"])]
+            if row["step"] != last:  # else its validation loss has come
+                self._times = [*self._times[-50:], (row["step"], row["time"])]
             self.latest |= row
         self.step = max(0, snapshot["step"])
         return snapshot["events"]
@@ -148,6 +150,7 @@ class Progress:
 
     def _show_event(self, event: dict[str, Any]) -> None:
         step = event.get("step")
+        where = f" at step {step}" if step is not None and step >= 0 else ""
         match event["kind"]:
             case "samples":
                 self._show_samples(event)
@@ -159,7 +162,7 @@ class Progress:
             case "divergence":
                 self._say(f"diverged at step {step}: {event.get('evidence', '')}", "red")
             case "warning":
-                self._say(f"warning at step {step}: {event.get('evidence') or event.get('message', '')}", "yellow")
+                self._say(f"warning{where}: {event.get('evidence') or event.get('message', '')}", "yellow")
             case "started":
                 self._failed = False
                 attempt = f"attempt {event['attempt'] + 1}: " if event["attempt"] else ""
@@ -170,7 +173,6 @@ class Progress:
             case "failure" if not self._failed:  # the other ranks' failures are echoes of the first
                 self._failed = True
                 what = {"oom": "out of memory", "diverged": "stopped"}.get(event["cause"], "failed")
-                where = f" at step {step}" if step is not None and step >= 0 else ""
                 self._say(f"{what}{where}: {shorten(event['detail'])}", "red")
             case "preemption":
                 self._say(f"preemption notice at step {step}: saving, then going on", "yellow")

@@ -176,7 +176,7 @@ class Speed:
 
     def load(self, state: dict[str, float]) -> None:
         """Continue from `state()`; the clock starts anew."""
-        self._total = _Step(**state)  # type: ignore[arg-type]
+        self._total = _Step(**state)  # type: ignore[arg-type] # JSON gives whole numbers back as int
         self._recent.clear()
         self._current, self._mark = _Step(), self._clock()
 

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
 from rayft.config.recipe import Recipe
+from rayft.data.schedule import StepSchedule
 from rayft.errors import UsageError
-from rayft.train.schedule import StepSchedule
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rayft.errors import UsageError
-from rayft.train.recorder import Row
+from rayft.runs.metrics import Row
+
+TENSORBOARD = "tensorboard"
+"""The folder of its event files in a run."""
 
 
 class Tracker(Protocol):
     """Takes the scalars of a step; `close` writes what is left."""
+
+    def __init__(self, folder: str, name: str, recipe: dict[str, Any], from_step: int) -> None: ...
 
     def log(self, step: int, scalars: dict[str, float]) -> None: ...
 
@@ -24,7 +30,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # Steps beyond the checkpoint that a resumed run starts from are hidden: they are logged again.
-        self._writer = SummaryWriter(f"{folder}/tensorboard", purge_step=from_step + 1 if from_step else None)
+        self._writer = SummaryWriter(os.path.join(folder, TENSORBOARD), purge_step=from_step + 1 if from_step else None)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         for key, value in scalars.items():
@@ -80,7 +86,7 @@ class Trackers:
         self._trackers: list[Tracker] = []
         for name in names:
             try:
-                self._trackers.append(TRACKERS[name](folder, run_name, recipe, from_step))  # type: ignore[call-arg]
+                self._trackers.append(TRACKERS[name](folder, run_name, recipe, from_step))
             except ImportError as error:
                 raise UsageError(
                     "R613", f"train.report_to: {name} is not installed ({error})", f"pip install {name}"

@@ -14,21 +14,13 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 
 from rayft.config.recipe import Recipe
+from rayft.data.schedule import StepSchedule
 from rayft.models import adapters
 from rayft.train.control import ClusterCallback
-from rayft.train.schedule import StepSchedule
 
 TRAINING_STATE = "weights.pt"
 """Inside a checkpoint of an adapter: its weights exactly as they are trained. The stock files can hold less (the
 full ranks of AdaLoRA) or a conversion (PiSSA)."""
-
-
-class OutOfMemory(Exception):
-    """The device had too little memory for one micro-batch at `step`. `detail` is the allocator's own message."""
-
-    def __init__(self, step: int, detail: str) -> None:
-        super().__init__(step, detail)
-        self.step, self.detail = step, detail
 
 
 class RayftTrainer(Trainer):
@@ -93,13 +85,6 @@ class RayftTrainer(Trainer):
         if penalty is not None:
             loss = loss + penalty / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        try:
-            return super().training_step(*args, **kwargs)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            raise_out_of_memory(error, self.state.global_step)
-            raise
 
     # The optimiser
 
@@ -188,10 +173,3 @@ class RayftTrainer(Trainer):
             adapters.load_training_state(self.model, torch.load(exact, weights_only=True))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def raise_out_of_memory(error: BaseException, step: int) -> None:
-    """Turn an allocator's error into OutOfMemory; return for any other error."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower():
-        raise OutOfMemory(step, text.splitlines()[0][:300]) from error

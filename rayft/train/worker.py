@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rayft.config.recipe import Recipe
 from rayft.errors import RayftError
 from rayft.functions import load_function
+from rayft.runs import reference
+from rayft.runs.storage import locate
 from rayft.train.context import ActorRecording, Context, RayContext
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Job:
     """(since step, up to attempt): checkpoints that a divergence has spoilt."""
     learning_rate_scale: float = 1.0
     init_adapter: str | None = None
-    """Folder of the adapter to continue (`adapter.init_from`, resolved)."""
+    """Folder or URI of the adapter to continue (`adapter.init_from`, resolved)."""
     answer: str | None = None
     """Import path of the function that generates at evaluations."""
 
@@ -59,7 +61,6 @@ def run(job: Job, context: Context) -> dict[str, Any]:
     """Train one attempt; returns facts of its end. Every failure is told to the recorder before it is raised."""
     quiet()
     from rayft.train.control import Diverged
-    from rayft.train.trainer import OutOfMemory
 
     trainer = None
 
@@ -76,9 +77,6 @@ def run(job: Job, context: Context) -> dict[str, Any]:
                 "best_step": trainer.state.best_global_step,
                 "best_validation_loss": trainer.state.best_metric,
             }
-    except OutOfMemory as error:
-        tell("oom", error.step, error.detail, peak_memory=peak_memory(job.device))
-        raise
     except Diverged as error:
         tell("diverged", error.step, error.evidence, since=error.since)
         raise
@@ -87,6 +85,10 @@ def run(job: Job, context: Context) -> dict[str, Any]:
         raise
     except Exception as error:
         step = trainer.state.global_step if trainer is not None else -1
+        if out_of_memory(error):
+            detail = (str(error) or type(error).__name__).splitlines()[0][:300]
+            tell("oom", step, detail, peak_memory=peak_memory(job.device))
+            raise
         cause = "lost_peer" if lost_peer(error) else "error"
         tell(cause, step, f"{type(error).__name__}: {error}", traceback=traceback.format_exc()[-4000:])
         raise
@@ -97,12 +99,12 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     import torch
     from transformers import set_seed
 
-    from rayft.data import Prepared
+    from rayft.data.schedule import StepSchedule
     from rayft.models import adapters, hub, load
     from rayft.objectives import causal
     from rayft.train import checkpoint, loader, methods, selftest, strategy
     from rayft.train.control import ClusterCallback
-    from rayft.train.schedule import StepSchedule
+    from rayft.train.preparation import data_here
     from rayft.train.speed import Speed, flops_per_token
     from rayft.train.trainer import RayftTrainer
     from rayft.train.watch import Limits, Watch
@@ -111,7 +113,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     recipe = Recipe.model_validate(job.recipe)
     folder = hub.fetch(job.base, recipe.model.revision)
     tokenizer = load.load_tokenizer(recipe, folder)
-    prepared = Prepared(job.data_folder, job.data_hash)
+    prepared = data_here(job.data_folder, job.data_hash)
     examples, validation = prepared.split("train"), prepared.split("validation")
     assert examples is not None
     schedule = StepSchedule.of(recipe, examples)
@@ -120,7 +122,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     dtype = load.dtype_of(recipe, job.device)
 
     known = context.checkpoint()  # newer than the list where Ray Train itself has restarted the workers
-    candidates = {*job.resume, *([f"{job.checkpoints}/{known}"] if known else [])}
+    candidates = {*job.resume, *([str(locate(job.checkpoints) / known)] if known else [])}
     start = checkpoint.choose(candidates, job.diverged and checkpoint.Diverged(*job.diverged))
     stage = strategy.ZERO_STAGE.get(recipe.scale.strategy)
     converted = checkpoint.universal(start, context.workers, stage) if stage else None
@@ -137,7 +139,8 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     )
     set_seed(recipe.seed)
     model = load.load_base(recipe, folder, device=str(arguments.device))
-    model = adapters.attach(model, recipe, tokenizer, init_from=job.init_adapter, total_steps=schedule.total_steps)
+    init = reference.on_this_machine(job.init_adapter) if job.init_adapter else None
+    model = adapters.attach(model, recipe, tokenizer, init_from=init, total_steps=schedule.total_steps)
     causal.install(model, loss_function=causal.own_loss(recipe.train.loss_function))
     if (recipe.data.padding_free or recipe.data.packing) and stage != 3 and len(examples) > 1:
         with load.compute_context(dtype, job.device):
@@ -181,13 +184,11 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     if context.rank == 0:
         for problem in start.skipped:
             context.recording.tell("event", "warning", kind_of="checkpoint", evidence=f"damaged checkpoint: {problem}")
-        if job.attempt or start.folder:
-            context.recording.tell("rewind", start.step, job.reason)
         context.recording.tell(
-            "event",
             "started",
-            attempt=job.attempt,
             step=start.step,
+            attempt=job.attempt,
+            reason=job.reason,
             total_steps=schedule.total_steps,
             steps_per_epoch=schedule.steps_per_epoch,
             workers=context.workers,
@@ -200,6 +201,14 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         )
     context.recording.tell("event", "worker", rank=context.rank, pid=os.getpid(), node=context.node)
     return trainer, control, converted or start.folder
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocator refused: in a forward or backward pass, the optimiser's first step or an evaluation."""
+    import torch
+
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower()
 
 
 def lost_peer(error: Exception) -> bool:

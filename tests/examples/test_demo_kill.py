@@ -39,3 +39,17 @@ def test_with_a_tiny_model(ray_cluster: str, tiny_model_folder: str, tmp_path: P
     assert told["restarts"] == 2
     assert told["largest_loss_difference"] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.smollm2
+@pytest.mark.timeout(3600)
+def test_with_the_quickstart(ray_cluster: str, tmp_path: Path) -> None:
+    """The real model in its own number format; what it generates at evaluations is no part of the curve."""
+    short = ["train.max_steps=30", "train.save_steps=5", "evaluate.metrics=[]", "evaluate.samples=0"]
+    told = demo(f"storage={tmp_path}", "scale.workers=2", *short, cwd=ROOT)
+    assert told["steps"] == 30
+    assert told["restarts"] == 2
+    assert isinstance(told["largest_loss_difference"], float)
+    assert told["largest_loss_difference"] <= 2e-6
+    assert (tmp_path / "demo-kill.png").read_bytes().startswith(b"\x89PNG")

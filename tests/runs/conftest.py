@@ -10,12 +10,14 @@ import pytest
 from rayft.config import Resolved, load
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", "bucket", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A storage on the file system, then one that is a bucket."""
+    """A storage on the file system, then two that are buckets: through fsspec and through pyarrow's own client."""
     monkeypatch.setenv("RAYFT_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("RAYFT_STORAGE", raising=False)
     monkeypatch.chdir(tmp_path)
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3").uri(f"bucket/{uuid.uuid4().hex}"))
     return str(tmp_path / "store") if request.param == "folder" else f"memory://{uuid.uuid4().hex}"
 
 

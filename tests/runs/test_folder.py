@@ -15,6 +15,7 @@ import pytest
 
 from rayft.config import Resolved
 from rayft.errors import RunStopped, UsageError
+from rayft.runs.checkpoints import name_of, newest_whole
 from rayft.runs.folder import RunFolder
 from rayft.runs.listing import list_runs, remove_run, show_run
 from rayft.runs.manifest import write_manifest
@@ -49,7 +50,7 @@ def test_a_new_run_holds_its_record_and_recipe(resolved: Make, storage: str) -> 
         assert b"# user" in (run.location / "recipe.yaml").read()
         run.pin(base="b1", data="d1")
         run.finish("finished", best_step=3)
-    again = RunFolder.open(f"{storage}/demo")
+    again = RunFolder.open(locate(storage) / "demo")
     assert again.state == "finished" and again.record.hashes == {"base": "b1", "data": "d1"}
     assert again.record.facts == {"best_step": 3} and again.record.ended
 
@@ -176,27 +177,24 @@ def test_checkpoints_are_indexed_when_complete(resolved: Make, tmp_path: Path) -
         assert run.read_json("checkpoints/steps.json") == {"10": "checkpoint_0010", "20": "checkpoint_0020"}
 
 
-def test_truncated_checkpoint_falls_back_to_the_one_before(
-    resolved: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_said(resolved: Make, tmp_path: Path) -> None:
     with RunFolder.create(resolved(), "train") as run:
         folders = {step: save_checkpoint(run, step, tmp_path) for step in (10, 20, 30)}
         (folders[30] / "weights").write(b"weigh")
         flipped = (folders[20] / "weights").read().replace(b"20", b"21")
         (folders[20] / "weights").write(flipped)
-        with caplog.at_level(logging.WARNING):
-            assert run.latest_checkpoint() == (10, str(folders[10]))
-    assert "checkpoint_0030 is damaged" in caplog.text and "5 of 18 bytes" in caplog.text
-    assert "checkpoint_0020 is damaged" in caplog.text
+        found, damaged = newest_whole(folders.values())
+    assert found == folders[10]
+    assert "checkpoint_0030" in damaged[0] and "5 of 18 bytes" in damaged[0] and "checkpoint_0020" in damaged[1]
+    assert newest_whole(folders.values(), lambda folder: folder != folders[10])[0] is None
 
 
-def test_of_two_checkpoints_of_a_step_the_later_counts_unless_damaged(resolved: Make, tmp_path: Path) -> None:
+def test_of_two_checkpoints_of_a_step_the_later_attempt_counts_unless_damaged(resolved: Make, tmp_path: Path) -> None:
     with RunFolder.create(resolved(), "train") as run:
-        first = save_checkpoint(run, 10, tmp_path, "checkpoint_a")
-        second = save_checkpoint(run, 10, tmp_path, "checkpoint_b")
-        assert run.latest_checkpoint() == (10, str(second))
-        (second / "weights").write(b"weights of step 99")
-        assert run.latest_checkpoint() == (10, str(first))
+        saved = [save_checkpoint(run, 10, tmp_path, name_of(10, attempt)) for attempt in (2, 9, 10)]
+        assert run.checkpoints() == {10: str(saved[2])} and newest_whole(saved)[0] == saved[2]
+        (saved[2] / "weights").write(b"weights of step 99")
+        assert newest_whole(saved)[0] == saved[1]
 
 
 def test_metrics_survive_a_resume(resolved: Make) -> None:
@@ -205,7 +203,7 @@ def test_metrics_survive_a_resume(resolved: Make) -> None:
             run.append_metrics({"step": step, "loss": 1.0 / step})
         run.finish("stopped")
     with RunFolder.create(resolved(), "train", "resume") as run:
-        run.rewind_metrics(2)
+        run.metrics_log().rewind(2)
         run.append_metrics({"step": 3, "loss": 0.3})
         run.finish("finished")
     rows = RunFolder.open(run.path).metrics()
@@ -223,11 +221,18 @@ def test_show_and_remove(resolved: Make, storage: str, tmp_path: Path) -> None:
     assert (
         shown["state"] == "finished"
         and list(shown["checkpoints"]) == ["4"]
-        and shown["result"].endswith("demo/adapter")
+        and shown["result"] == str(locate(storage) / "demo" / "adapter")
     )
     assert json.dumps(shown)
     assert remove_run("demo", storage) == run.path
     assert list_runs(storage) == [] and not (locate(storage) / "demo").exists()
+
+
+def test_a_damaged_run_does_not_hide_the_others(resolved: Make, storage: str) -> None:
+    with RunFolder.create(resolved(), "train") as run:
+        run.finish("finished")
+    write_atomic(locate(storage) / "newer" / "run.json", '{"schema": 99, "name": "newer", "verb": "train"}')
+    assert {run.name: run.state for run in list_runs(storage)} == {"demo": "finished", "newer": "unreadable (R416)"}
 
 
 def test_rm_touches_only_runs(storage: str) -> None:

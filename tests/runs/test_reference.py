@@ -56,15 +56,15 @@ def test_selectors(run: RunFolder, storage: str) -> None:
     }
     for ref, path in expected.items():
         found = resolve(ref, storage)
-        assert (found.path, found.kind, found.base_hash) == (f"{run.path}/{path}", "adapter", "base-hash")
+        assert (found.path, found.kind, found.base_hash) == (str(run.location / path), "adapter", "base-hash")
         assert Path(found.fetch(), "adapter_config.json").is_file()
     assert resolve("run:demo", storage).content_hash == resolve("run:demo@last", storage).content_hash
     assert resolve("run:demo", storage).content_hash != resolve("run:demo@best", storage).content_hash
 
 
 def test_folders_of_a_run_an_adapter_and_a_model(run: RunFolder, tmp_path: Path, tiny_model_folder: str) -> None:
-    assert resolve(run.path).path == f"{run.path}/adapter"
-    assert resolve(f"{run.path}/adapter").base_hash == "base-hash"
+    assert resolve(run.path).path == str(run.location / "adapter")
+    assert resolve(str(run.location / "adapter")).base_hash == "base-hash"
     alone = adapter(tmp_path / "alone", 1.0)
     found = resolve(str(alone))
     assert (found.path, found.kind, found.base_hash, found.run) == (str(alone), "adapter", None, None)
@@ -78,8 +78,8 @@ def test_trials_and_rounds(run: RunFolder, storage: str) -> None:
     for name in ("trials/3/adapter", "rounds/0/adapter"):
         with run.writing(name) as folder:
             adapter(folder, 3.0)
-    assert resolve("run:demo@trial-3", storage).path == f"{run.path}/trials/3/adapter"
-    assert resolve("run:demo@round-0", storage).path == f"{run.path}/rounds/0/adapter"
+    assert resolve("run:demo@trial-3", storage).path == str(run.location / "trials/3/adapter")
+    assert resolve("run:demo@round-0", storage).path == str(run.location / "rounds/0/adapter")
 
 
 def test_search_order(resolved: Make, storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_unfinished_run_names_its_last_complete_step(run: RunFolder, storage: st
     with pytest.raises(UsageError, match=r"R412.*not finished") as caught:
         resolve("run:demo", storage)
     assert "run:demo@step-30" in (caught.value.hint or "")
-    assert resolve("run:demo@last", storage).path.endswith("checkpoint_30")
+    assert resolve("run:demo@last", storage).path == str(run.location / "checkpoints/checkpoint_30")
 
 
 def test_missing_step_names_those_that_exist(run: RunFolder, storage: str) -> None:

@@ -16,13 +16,14 @@ from rayft.runs import storage
 from rayft.runs.storage import Location, commit, is_committed, locate, staged, write_atomic
 
 
-@pytest.fixture(params=["folder", "file-uri", "bucket"])
+@pytest.fixture(params=["folder", "file-uri", "bucket", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
     """The same tests on a local path, the same as a URI, and a storage that is no file system."""
     roots = {"folder": str(tmp_path), "file-uri": f"file://{tmp_path}", "bucket": f"memory://{uuid.uuid4().hex}"}
-    location = locate(roots[request.param])
+    root = request.getfixturevalue("s3").uri(f"b/{uuid.uuid4().hex}") if request.param == "s3" else roots[request.param]
+    location = locate(root)
     location.make_folder()
-    assert location.is_local is (request.param != "bucket")
+    assert location.is_local is (request.param in ("folder", "file-uri"))
     return location
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,22 @@ def test_named_variables_must_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert session.environment(recipe(scale={"env": ["PRESENT"]})) == {"PRESENT": "value"}
     with pytest.raises(UsageError, match=r"R510.*ABSENT"):
         session.connect(recipe(scale={"env": ["PRESENT", "ABSENT"]}))
+
+
+@pytest.mark.usefixtures("disconnected")
+def test_every_task_and_actor_gets_the_variables_but_a_job_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray, "init", lambda address, **options: told.append(options))
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("PRESENT", "value")
+    monkeypatch.setenv("RAYFT_HOME", "/a/home")
+    session.connect(recipe(scale={"env": ["PRESENT"]}))
+    assert told[0]["runtime_env"]["env_vars"].items() >= {"PRESENT": "value", "RAYFT_HOME": "/a/home"}.items()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    session.connect(recipe(scale={"env": ["PRESENT"]}))
+    assert told[1]["runtime_env"] is None
 
 
 def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from rayft.runs.lines import Lines
+from rayft.runs.metrics import MetricsLog
+from rayft.runs.storage import locate
+from rayft.train.recorder import Recorder
 
 WORDS = [
     "order",
@@ -54,6 +60,12 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """22 chats: with a global batch of 4, the last step of an epoch has 2."""
     return write_rows(tmp_path_factory.mktemp("data") / "chats.jsonl", chat_rows(22))
+
+
+def recorder_in(folder: Path, clock: Callable[[], float] = time.time) -> Recorder:
+    """The recorder of the files in a folder."""
+    metrics = MetricsLog(locate(folder / "metrics.jsonl"), folder, clock)
+    return Recorder(metrics, Lines(locate(folder / "events.jsonl"), folder), clock)
 
 
 Recipes = Callable[..., dict[str, Any]]

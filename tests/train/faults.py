@@ -5,8 +5,10 @@ Each is the plain weighted cross-entropy until its moment comes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -49,6 +51,13 @@ def out_of_memory(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Te
     return plain(logits, targets, weights)
 
 
+def out_of_memory_in_evaluation(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """A device that is full at the first evaluation."""
+    if not torch.is_grad_enabled() and _call() == 1:
+        raise torch.OutOfMemoryError
+    return plain(logits, targets, weights)
+
+
 def nan_once(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     loss = plain(logits, targets, weights)
     return loss * float("nan") if _call() == 11 else loss
@@ -65,4 +74,11 @@ def kill_once(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     """kill -9 of this worker at the eleventh call."""
     if _call() == 11:
         os.kill(os.getpid(), signal.SIGKILL)
+    return plain(logits, targets, weights)
+
+
+def paced(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Waits as many seconds per call as the file `pace` says; without it, not at all."""
+    with contextlib.suppress(FileNotFoundError):
+        time.sleep(float((_folder() / "pace").read_text()))
     return plain(logits, targets, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -65,6 +66,28 @@ def test_full_fine_tuning_agrees_too(recipe: Recipes, ray_cluster: str) -> None:
     one = trained(recipe(**sgd))
     assert_same(trained(recipe(**sgd, **{"train.micro_batch_size": 2, "train.gradient_checkpointing": True})), one)
     assert_same(trained(recipe(**sgd, **{"scale.workers": 2})), one)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw"])
+def test_gradual_unfreezing_with_two_workers_agrees_with_one(
+    recipe: Recipes, ray_cluster: str, optimizer: dict[str, Any]
+) -> None:
+    phases = [{"start": 0, "last_blocks": 1}, {"start": 4, "last_blocks": 2}, {"start": 0.5, "patterns": [".*"]}]
+    unfrozen = recipe(**optimizer, **FULL, **{"train.trainable": phases, "train.max_steps": 12})
+    one = trained(unfrozen)
+    two = unfrozen | {"scale": unfrozen["scale"] | {"workers": 2}}
+    assert_same(trained(two | {"train": two["train"] | {"micro_batch_size": 1}}), one)
+    frozen = trained(recipe(**optimizer, **FULL, **{"train.trainable": phases[:1], "train.max_steps": 12}))
+    assert frozen.losses[:4] == one.losses[:4] and frozen.losses[-1] > one.losses[-1], "the phases do nothing"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw"])
+def test_compiled_agrees_with_eager(
+    recipe: Recipes, tiny_model_factory: Callable[..., str], optimizer: dict[str, Any]
+) -> None:
+    small = {"model.base": tiny_model_factory(num_hidden_layers=1), "train.max_steps": 6}
+    eager = trained(recipe(**optimizer, **small))
+    assert_same(trained(recipe(**optimizer, **small, **{"train.torch_compile": True})), eager)
 
 
 def test_packing_is_another_trajectory_with_the_same_tokens(recipe: Recipes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ def weights_hash(result: TrainResult) -> str:
 
 
 def events(path: str, kind: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in Path(path, "events.jsonl").read_text().splitlines()]
-    return [event for event in lines if event["kind"] == kind]
+    return [event for event in RunFolder.open(path).events() if event["kind"] == kind]
 
 
 def assert_identical(one: TrainResult, other: TrainResult) -> None:
@@ -104,6 +102,23 @@ def test_out_of_memory_halves_the_micro_batch(faulty: Faulty, monkeypatch: pytes
     assert_same(curve_of(small.path), curve_of(undisturbed.path))
     assert [event["cause"] for event in events(small.path, "failure")] == ["oom"]
     assert events(small.path, "started")[-1]["micro_batch_size"] == 2
+
+
+def test_out_of_memory_in_an_evaluation_too(faulty: Faulty) -> None:
+    validated = {"data.validation": 0.3, "train.max_steps": 4, "train.eval_steps": 2}
+    small = train(faulty("out_of_memory_in_evaluation", **validated))
+    assert [event["cause"] for event in events(small.path, "failure")] == ["oom"]
+    assert events(small.path, "started")[-1]["micro_batch_size"] == 2
+    assert [row["step"] for row in RunFolder.open(small.path).metrics() if "validation_loss" in row] == [2, 4]
+
+
+def test_a_report_that_fails_costs_no_model(
+    recipe: Recipes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rayft.train.plots.plot_run", lambda *words, **options: 1 / 0)
+    result = train(recipe(**{"train.max_steps": 2}))
+    assert result.state == "finished" and weights_hash(result)
+    assert "report.md of run 'test' could not be written: ZeroDivisionError" in caplog.text
 
 
 def test_out_of_memory_with_one_example_names_remedies(faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:

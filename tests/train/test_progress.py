@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from rayft.train.progress import Progress, State, duration, shorten
-from rayft.train.recorder import LocalSink, Recorder
+from rayft.train.recorder import Recorder
+from tests.train.conftest import recorder_in
 
 
 def show(
@@ -20,7 +21,7 @@ def show(
 ) -> str:
     """Run a display over a recorder on which one action is done before each poll."""
     ticks = iter(range(10**6))
-    recorder = Recorder(LocalSink(folder), clock=lambda: float(next(ticks)))
+    recorder = recorder_in(folder, clock=lambda: float(next(ticks)))
     stop = threading.Event()
     waiting = list(actions)
 
@@ -89,7 +90,7 @@ def test_attempts_and_their_failures(tmp_path: Path) -> None:
 
 
 def test_last_line_always_comes(tmp_path: Path) -> None:
-    recorder = Recorder(LocalSink(tmp_path))
+    recorder = recorder_in(tmp_path)
     stop = threading.Event()
     out = io.StringIO()
     progress = Progress(2, Console(file=out, width=140), interval=0.01, line_every=3600)
@@ -120,16 +121,29 @@ def test_a_dead_recorder_is_said_once_and_ends_nothing(tmp_path: Path, terminal:
 
 
 def test_a_restarted_recorder_is_read_from_its_beginning(tmp_path: Path) -> None:
-    first = Recorder(LocalSink(tmp_path))
+    first = recorder_in(tmp_path)
     for step in (1, 2, 3):
         first.log({"step": step, "loss": 1.0})
         first.log({"step": step, "loss": 1.0})
     progress = Progress(4, Console(file=io.StringIO()))
     progress._poll(first.snapshot)
-    second = Recorder(LocalSink(tmp_path))
+    second = recorder_in(tmp_path)
     second.log({"step": 4, "loss": 0.125})
     progress._poll(second.snapshot)
     assert progress._state.latest["loss"] == 0.125 and progress._state.step == 4
+
+
+def test_a_warning_without_a_step(tmp_path: Path) -> None:
+    text = show([lambda recorder: recorder.event("warning", kind_of="checkpoint", evidence="damaged")], tmp_path)
+    assert "warning: damaged" in text
+
+
+def test_an_evaluation_does_not_begin_the_pace_anew() -> None:
+    state = State(10)
+    snapshot = {"restarts": 0, "events": [], "step": 2}
+    rows = [{"step": 1, "time": 0.0}, {"step": 2, "time": 5.0}, {"step": 2, "time": 5.0, "validation_loss": 1.0}]
+    state.read(snapshot | {"rows": rows})
+    assert state.seconds_left() == 40.0
 
 
 def test_nan_is_shown(tmp_path: Path) -> None:

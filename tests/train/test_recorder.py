@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from rayft.errors import UsageError
-from rayft.train.recorder import LocalSink, Recorder
+from rayft.train.recorder import Recorder
+from tests.train.conftest import recorder_in
 
 
 def recorder(folder: Path) -> Recorder:
     ticks = iter(range(10**6))
-    return Recorder(LocalSink(folder), clock=lambda: float(next(ticks)))
+    return recorder_in(folder, clock=lambda: float(next(ticks)))
 
 
 def written(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -63,6 +64,22 @@ def test_rewind_drops_the_rows_beyond_and_marks_the_restart(tmp_path: Path) -> N
     (restart,) = written(tmp_path, "events.jsonl")
     assert restart["kind"] == "restart" and restart["step"] == 4
     assert restart["lost_steps"] == 3 and restart["reason"] == "worker 1 died"
+
+
+def test_only_the_first_start_is_no_restart(tmp_path: Path) -> None:
+    record = recorder(tmp_path)
+    record.started(step=0, attempt=0, workers=2)
+    record.log({"step": 1, "loss": 1.0})
+    record.started(step=0, attempt=0, workers=3)  # by Ray itself, before there was a checkpoint
+    assert record.rows() == []
+    record.log({"step": 1, "loss": 1.0})
+    record.started(step=0, attempt=1, reason="a worker died", workers=3)
+    restarts = [(event["reason"], event["lost_steps"]) for event in record.events() if event["kind"] == "restart"]
+    assert restarts == [("another number of workers", 1), ("a worker died", 1)]
+    (tmp_path / "new").mkdir()
+    unlucky = recorder(tmp_path / "new")
+    unlucky.started(step=0, attempt=1, reason="a worker died", workers=2)  # the first attempt never came so far
+    assert [event["kind"] for event in unlucky.events()] == ["restart", "started"]
 
 
 def test_a_new_driver_continues_the_files(tmp_path: Path) -> None:
