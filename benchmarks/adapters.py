@@ -69,7 +69,7 @@ def sequential(recipes: list[Recipe], base: str, data: str) -> Round:
         torch.nn.utils.clip_grad_norm_(parameters[name], 1.0)
         optimizers[name].step()
         optimizers[name].zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return lambda: {recipe.name: step(recipe.name) for recipe in recipes}
 

@@ -43,7 +43,7 @@ class ProcessArm:
 
     def __init__(self, name: str, script: str, arguments: Sequence[str]) -> None:
         self.name = name
-        self.command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+        self.command = [sys.executable, str(Path(__file__).parent / script), *arguments]
         self.answers: list[dict[str, Any]] = []
 
     def start(self) -> float:

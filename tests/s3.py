@@ -148,7 +148,9 @@ class Handler(BaseHTTPRequestHandler):
         if "uploads" in self.query:
             upload = uuid.uuid4().hex
             self.server.parts[upload] = {}
-            self.answer(body=f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>")
+            self.answer(
+                body=f"<InitiateMultipartUploadResult><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>"
+            )
         elif "uploadId" in self.query:
             parts = self.server.parts.pop(self.query["uploadId"])
             self.server.objects[self.key] = b"".join(parts[number] for number in sorted(parts))

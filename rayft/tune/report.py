@@ -16,7 +16,7 @@ from rayft.tune.objective import Objective, ranking, standing, winners
 from rayft.tune.outcome import Outcome, Speed
 from rayft.tune.repeats import overlap
 from rayft.tune.rows import TrialRow
-from rayft.tune.table import counts
+from rayft.tune.table import states
 from rayft.tune.words import labels, paths_of, shown
 
 OWN_KEYS = ("name", "storage", "tune")
@@ -69,7 +69,7 @@ def _batch(outcome: Outcome, row: TrialRow) -> int:
 def _headline(outcome: Outcome) -> str:
     best, objectives = winners(outcome.rows, outcome.objectives), outcome.objectives
     if not best:
-        return f"No trial has a result: {counts(outcome.rows, len(outcome.rows))}."
+        return f"No trial has a result: {states(outcome.rows) or 'none was begun'}."
     ended = sum(row.ended for row in outcome.rows)
     if len(objectives) > 1:
         names = " and ".join(objective.metric for objective in objectives)
@@ -98,7 +98,7 @@ def _best(outcome: Outcome) -> str:
 
 def _how(outcome: Outcome) -> str:
     lines = [
-        ("trials", counts(outcome.rows, len(outcome.rows))),
+        ("trials", f"{len(outcome.rows)}: {states(outcome.rows)}"),
         ("mode", f"{outcome.mode}: {outcome.reason}"),
         ("objective" if len(outcome.objectives) == 1 else "objectives",
          ", ".join(f"{'lowest' if one.mode == 'min' else 'highest'} `{one.metric}`" for one in outcome.objectives)),

@@ -69,10 +69,11 @@ def _headline(rows: Sequence[TrialRow], title: str, total: int) -> Text:
 def counts(rows: Sequence[TrialRow], total: int) -> str:
     """3 of 16 trials: 1 complete, 2 pruned, 8 running."""
     ended = sum(row.ended for row in rows)
-    return f"{ended} of {total} trials" + (f": {_states(rows)}" if rows else "")
+    return f"{ended} of {total} trials" + (f": {states(rows)}" if rows else "")
 
 
-def _states(rows: Sequence[TrialRow]) -> str:
+def states(rows: Sequence[TrialRow]) -> str:
+    """1 complete, 2 pruned, 8 running."""
     counted: Counter[str] = Counter(row.state for row in rows)
     order = ("complete", "pruned", "failed", "running", "waiting")
     return ", ".join(f"{counted[state]} {state}" for state in order if counted[state])
@@ -142,7 +143,7 @@ def _footer(rows: Sequence[TrialRow], picked: Sequence[TrialRow], hidden: Sequen
     shown_numbers = {row.number for row in picked}
     rest = [row for row in rows if row.number not in shown_numbers]
     if rest:
-        notes.append(f"and {len(rest)} more: {_states(rest)}")
+        notes.append(f"and {len(rest)} more: {states(rest)}")
     if hidden:
         notes.append(f"no room for {', '.join(hidden)}")
     return [Text(note, style="bright_black", overflow="ellipsis", no_wrap=True) for note in notes]

@@ -98,7 +98,7 @@ def test_how_it_ran() -> None:
     settings = {"search": "tpe", "lanes": 2, "a|b": [1, 2]}
     how = facts(sections(write_report(outcome(rows=rows, settings=settings, seconds=125.0)))["How it ran"])
     assert how == {
-        "trials": "5 of 5 trials: 4 complete, 1 pruned",
+        "trials": "5: 4 complete, 1 pruned",
         "mode": "pack: every trial is a LoRA adapter on the same base",
         "objective": "lowest `validation_loss`",
         "search": "tpe",
@@ -183,7 +183,7 @@ def test_failures_events_and_what_to_do_next() -> None:
 def test_an_unfinished_sweep_says_how_to_go_on() -> None:
     rows = (trial(0, "waiting", 10), trial(1, "failed", 0, value=None))
     text = write_report(outcome(rows=rows, best=None, path="/my runs/sweep"))
-    assert "No trial has a result: 1 of 2 trials: 1 failed, 1 waiting." in text
+    assert "No trial has a result: 1 failed, 1 waiting." in text
     assert "rayft tune '/my runs/sweep/recipe.yaml' --resume" in text
     assert "best.yaml" not in text
 
