@@ -1,4 +1,4 @@
-"""The competitors of `train.py`: whole training runs, alive at the same time, of which one does a step at a time.
+"""The competitors of the benchmarks: whole training runs, alive at the same time, of which one does a step at a time.
 
 So every arm meets the same state of the machine, and their steps are compared one by one.
 """
@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+from claim import note
 
 from rayft.train import fit, launch
 
@@ -35,43 +37,83 @@ class Arm(Protocol):
     def finish(self) -> None: ...
 
 
-class PeerArm:
-    """`hf_trainer.py` in a process of its own."""
+class ProcessArm:
+    """A script in a process of its own, which does one step for each line on its standard input and answers with a
+    line, a JSON object that is kept in `answers`; it does the first step unasked."""
 
-    def __init__(self, name: str, options: dict[str, Any], *, threads: int, chunked: bool = False) -> None:
+    def __init__(self, name: str, script: str, arguments: Sequence[str]) -> None:
         self.name = name
-        script = str(Path(__file__).with_name("hf_trainer.py"))
-        pairs = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-        self.command = [sys.executable, script, *pairs, "--threads", str(threads), *["--chunked"] * chunked]
-        self.last: dict[str, Any] = {}
+        self.command = [sys.executable, str(Path(__file__).parent / script), *arguments]
+        self.answers: list[dict[str, Any]] = []
 
     def start(self) -> float:
         begin = time.perf_counter()
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._wait()
+        self.launch()
+        self.wait()
         return time.perf_counter() - begin
 
     def step(self) -> float:
         begin = time.perf_counter()
-        self._go()
-        self._wait()
+        self.go()
+        self.wait()
         return time.perf_counter() - begin
 
     def finish(self) -> None:
-        self._go()
+        """Let it do what is left of its steps, one at most, and end."""
+        self.go()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.wait()
 
-    def _go(self) -> None:
+    def launch(self) -> None:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def go(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
-        self.last = json.loads(line)
+        self.answers.append(json.loads(line))
+
+
+class PeerArm(ProcessArm):
+    """`hf_trainer.py` in a process of its own."""
+
+    def __init__(self, name: str, options: dict[str, Any], *, threads: int, chunked: bool = False) -> None:
+        pairs = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        super().__init__(name, "hf_trainer.py", [*pairs, "--threads", str(threads), *["--chunked"] * chunked])
+
+
+class TogetherArm:
+    """Several processes that do a step at the same time."""
+
+    def __init__(self, name: str, arms: Sequence[ProcessArm]) -> None:
+        self.name, self.arms = name, arms
+
+    def start(self) -> float:
+        begin = time.perf_counter()
+        for arm in self.arms:
+            arm.launch()
+        for arm in self.arms:
+            arm.wait()
+        return time.perf_counter() - begin
+
+    def step(self) -> float:
+        begin = time.perf_counter()
+        for arm in self.arms:
+            arm.go()
+        for arm in self.arms:
+            arm.wait()
+        return time.perf_counter() - begin
+
+    def finish(self) -> None:
+        for arm in self.arms:
+            arm.finish()
 
 
 class RayftArm:
@@ -86,28 +128,31 @@ class RayftArm:
         begin = time.perf_counter()
         self.thread = threading.Thread(target=self._fit, daemon=True)
         self.thread.start()
-        self._ask("arrived")
+        self._answer(gate().arrived.remote(self.name))
         return time.perf_counter() - begin
 
     def step(self) -> float:
-        waited, seconds = self._ask("step")
+        waited, seconds = self._answer(gate().step.remote(self.name))
         self.waited += waited
         return seconds
 
     def finish(self) -> None:
-        ray.get(_gate().release.remote(self.name))
+        ray.get(gate().release.remote(self.name))
         self.thread.join()
 
     def _fit(self) -> None:
         self.result = fit(self.recipe, answer=None, quiet=True)
 
-    def _ask(self, method: str) -> Any:
-        """The gate's answer; a run that fails instead raises here."""
-        reply = getattr(_gate(), method).remote(self.name)
-        while not ray.wait([reply], timeout=1)[0]:
-            if not self.thread.is_alive():
-                raise RuntimeError(f"{self.name} ended before its time")
-        return ray.get(reply)
+    def _answer(self, reply: Any) -> Any:
+        return answer_of(reply, self.thread, self.name)
+
+
+def answer_of(reply: Any, thread: threading.Thread, name: str) -> Any:
+    """The gate's answer; a run that ended in its thread instead raises here."""
+    while not ray.wait([reply], timeout=1)[0]:
+        if not thread.is_alive():
+            raise RuntimeError(f"{name} ended before its time")
+    return ray.get(reply)
 
 
 class Gate:
@@ -149,7 +194,7 @@ class GatedRecorder(launch.RunRecorder):
         self._name = recipe["name"]
 
     def should_stop(self) -> bool:
-        ray.get(_gate().wait.remote(self._name))
+        ray.get(gate().wait.remote(self._name))
         return super().should_stop()
 
 
@@ -159,5 +204,19 @@ def open_gate() -> Any:
     return ray.remote(Gate).options(name=GATE, num_cpus=0).remote()
 
 
-def _gate() -> Any:
+def gate() -> Any:
     return ray.get_actor(GATE)
+
+
+def race(arms: Sequence[Arm], steps: int) -> dict[str, list[float]]:
+    """Start all arms, then take `steps` timed steps of each in turns: seconds by name. Each turn begins with another
+    arm."""
+    for arm in arms:
+        note(f"start-up and first step of {arm.name}: {arm.start():.1f} s")
+    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for turn in range(steps):
+        for arm in [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]:
+            seconds[arm.name].append(arm.step())
+    for arm in arms:
+        arm.finish()
+    return seconds

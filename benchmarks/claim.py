@@ -60,6 +60,11 @@ def report(
     print(json.dumps(line), file=_OUTPUT, flush=True)
 
 
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """How many times as fast, step by step."""
+    return [one / other for one, other in zip(slow, fast, strict=True)]
+
+
 def commit() -> str:
     """The checked-out commit, with a plus sign where files differ from it."""
     here = Path(__file__).parent

@@ -1,14 +1,16 @@
 """The peer: Hugging Face's Trainer with stock PEFT and without Ray, padding each batch to its longest row.
 
-Run by `train.py` as a process of its own, which does one optimiser step whenever a line arrives on standard input and
-answers with a line (memory so far) when the step has ended.
+The benchmarks run it as a process of its own, which does one optimiser step whenever a line arrives on standard input
+and answers with a line (memory so far) when the step has ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import memory
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from transformers import TrainingArguments as Arguments
 
 from rayft.data import Prepared
+from rayft.data.examples import Examples
 from rayft.data.plan import step_plan
 
 
@@ -54,6 +57,63 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
 
+def examples_of(data: str) -> Examples:
+    """The training examples of a prepared folder."""
+    examples = Prepared(data, "").split("train")
+    assert examples is not None
+    return examples
+
+
+def make_trainer(
+    kind: type[InOrder],
+    *,
+    base: str,
+    data: str,
+    scratch: str,
+    steps: int,
+    batch: int,
+    seed: int,
+    lora: dict[str, Any],
+    learning_rate: float,
+    callbacks: Sequence[TrainerCallback],
+    save_steps: int | None,
+) -> Trainer:
+    """The Trainer with stock PEFT, bf16 autocast, on `steps` steps of the plan that rayft follows. `lora`: of
+    LoraConfig. `save_steps` None: no checkpoint."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    examples = examples_of(data)
+    epochs = math.ceil(steps * batch / len(examples))
+    order = [
+        index for epoch in range(epochs) for step in step_plan(examples.lengths, batch, seed, epoch) for index in step
+    ]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.config.use_cache = False
+    memory.watch_logits(model.config.vocab_size)
+    return kind(
+        model=get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)),
+        args=Arguments(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            bf16=True,
+            use_cpu=True,
+            logging_steps=1,
+            save_strategy="no" if save_steps is None else "steps",
+            save_steps=save_steps or steps,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=Rows(examples, order),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=list(callbacks),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", required=True)
@@ -64,40 +124,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--chunked", action="store_true", help="with rayft's loss, and nothing else of it")
-    options = parser.parse_args()
+    options = vars(parser.parse_args())
     sys.stdout = sys.stderr
-    torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    examples = Prepared(options.data, "").split("train")
-    assert examples is not None
-    plan = step_plan(examples.lengths, options.batch, options.seed, 0)
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16)
-    model.config.use_cache = False
-    memory.watch_logits(model.config.vocab_size)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
-    trainer = (Chunked if options.chunked else InOrder)(
-        model=model,
-        args=Arguments(
-            output_dir=options.scratch,
-            max_steps=options.steps,
-            per_device_train_batch_size=options.batch,
-            learning_rate=2e-4,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.03,
-            bf16=True,
-            use_cpu=True,
-            logging_steps=1,
-            save_steps=10,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        ),
-        train_dataset=Rows(examples, [index for step in plan for index in step]),
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
-        callbacks=[Gate()],
-    )
-    trainer.train()
+    torch.set_num_threads(options.pop("threads"))
+    kind = Chunked if options.pop("chunked") else InOrder
+    lora = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    make_trainer(kind, **options, lora=lora, learning_rate=2e-4, callbacks=[Gate()], save_steps=10).train()
 
 
 class Chunked(InOrder):

@@ -1,12 +1,13 @@
 """Peak memory and the largest logits of a few training steps, in a process of their own.
 
-Run by `train.py`: prints one JSON object on standard output.
+`train.py` runs it: prints one JSON object on standard output.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +33,14 @@ def watch_logits(vocabulary: int) -> None:
 
 
 def figures() -> dict[str, Any]:
-    """Peak resident memory of this process in bytes, and the most elements of logits at once."""
-    return {"peak_memory": peak_process_memory(), "largest_logits": largest_logits}
+    """Peak resident memory of this process in bytes, how much of it now are files that processes share, such as
+    libraries, and the most elements of logits at once."""
+    return {"peak_memory": peak_process_memory(), "file_memory": _file_memory(), "largest_logits": largest_logits}
+
+
+def _file_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
 
 
 def main() -> None:

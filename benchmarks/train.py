@@ -24,8 +24,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so; it lowers workers, and the peers run at 0
 
 import ray
-from arms import Arm, PeerArm, RayftArm, open_gate
-from claim import claims_only_on_stdout, note, report, skip
+from arms import Arm, PeerArm, RayftArm, open_gate, race
+from claim import claims_only_on_stdout, note, ratios, report, skip
 from questions import SPREAD, write_rows
 
 from rayft import config
@@ -85,14 +85,8 @@ class Bench:
 
     def race(self, arms: list[Arm]) -> dict[str, list[float]]:
         """Seconds of each timed step of each arm, taken in turns."""
+        seconds = race(arms, self.steps)
         for arm in arms:
-            note(f"start-up and first step of {arm.name}: {arm.start():.1f} s")
-        seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
-        for turn in range(self.steps):
-            for arm in arms[turn % len(arms) :] + arms[: turn % len(arms)]:
-                seconds[arm.name].append(arm.step())
-        for arm in arms:
-            arm.finish()
             speeds = [tokens / second for tokens, second in zip(self.real, seconds[arm.name], strict=True)]
             note(f"{arm.name}: {statistics.median(speeds):.0f} real tokens/s at {self.max_length} tokens")
         return seconds
@@ -100,10 +94,6 @@ class Bench:
     def speed(self, seconds: list[float]) -> float:
         """Real tokens per second over all timed steps."""
         return sum(self.real) / sum(seconds)
-
-
-def ratios(slow: list[float], fast: list[float]) -> list[float]:
-    return [one / other for one, other in zip(slow, fast, strict=True)]
 
 
 def all_claims(bench: Bench, quick: bool) -> None:
@@ -208,13 +198,13 @@ def memory_claims(folder: Path, quick: bool) -> None:
     ]:
         report(
             claim,
-            values=[ours[name] / peer.last[name]],
+            values=[ours[name] / peer.answers[-1][name]],
             target=target,
             better="lower",
             unit=unit,
             ours=ours[name] / scale,
             peer=PEER,
-            peer_value=peer.last[name] / scale,
+            peer_value=peer.answers[-1][name] / scale,
             quick=quick,
         )
 

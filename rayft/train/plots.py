@@ -8,17 +8,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from rayft.train import style
 from rayft.train.recorder import Event, Row
-
-BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-"""Okabe and Ito's colours, told apart with every kind of colour blindness."""
-CURVES = (BLUE, ORANGE, GREEN, PURPLE)
-INK, GREY, PALE = "#222222", "#6B6B6B", "#E3E3E3"
-WIDTH, DPI = 9.0, 150
+from rayft.train.style import BLUE, CURVES, GREEN, GREY, ORANGE, PURPLE, RED
 
 
 def plot_run(rows: Sequence[Row], events: Sequence[Event], path: str | Path, title: str = "") -> None:
@@ -27,8 +21,7 @@ def plot_run(rows: Sequence[Row], events: Sequence[Event], path: str | Path, tit
     A panel is left out where no row has its scalar. Works with the rows of any stage of a run, also with none.
     """
     lower = [name for name in ("grad_norm", "learning_rate") if _series(rows, name)[0]]
-    figure = Figure(figsize=(WIDTH, 4.2 + 1.4 * len(lower)), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.canvas(4.2 + 1.4 * len(lower))
     panels = figure.subplots(1 + len(lower), 1, sharex=True, squeeze=False, height_ratios=[4.2] + [1.4] * len(lower))
     top, *rest = (row[0] for row in panels)
     _loss(top, rows)
@@ -42,11 +35,11 @@ def plot_run(rows: Sequence[Row], events: Sequence[Event], path: str | Path, tit
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
         else:
             axes.set_ylim(bottom=0)
-            _cap(axes, _series(rows, name)[1])
+            style.cap(axes, _series(rows, name)[1])
     for axes in (top, *rest):
-        _style(axes)
+        style.frame(axes)
     _restarts([top, *rest], events)
-    _legend(top)
+    style.legend(top)
     _finish(figure, [top, *rest][-1], title, path)
 
 
@@ -58,8 +51,7 @@ def plot_compare(
     `curves`: label -> rows; `events` are those of the disturbed runs, whose restarts are marked. Returns the largest
     absolute difference at a step that the first curve and another one share (0 with a single curve).
     """
-    figure = Figure(figsize=(WIDTH, 5.6), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.canvas(5.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1.2])
     first, *others = curves
     # Equal curves hide each other: the first is wide and pale, the others are dashes on top of it that take turns.
@@ -85,9 +77,9 @@ def plot_compare(
     verdict = f"largest difference {largest:.2g}" if largest else "identical at every step" if compared else ""
     bottom.set_title(verdict, fontsize=9, color=GREY, loc="right", pad=4)
     for axes in (top, bottom):
-        _style(axes)
+        style.frame(axes)
     _restarts([top, bottom], events)
-    _legend(top)
+    style.legend(top)
     _finish(figure, bottom, title, path)
     return largest
 
@@ -115,34 +107,11 @@ def _loss(axes: Axes, rows: Sequence[Row]) -> None:
     if validation:
         axes.plot(at, validation, color=ORANGE, linewidth=1.4, marker="o", markersize=6, label="validation loss")
         best = min(range(len(validation)), key=validation.__getitem__)
-        axes.plot(
-            at[best],
-            validation[best],
-            marker="*",
-            markersize=17,
-            color=ORANGE,
-            markeredgecolor=INK,
-            markeredgewidth=0.8,
-            linestyle="none",
-            label=f"best {validation[best]:.4g} (step {at[best]})",
-            zorder=5,
-        )
-    _cap(axes, losses + validation)
+        style.star(axes, at[best], validation[best], f"best {validation[best]:.4g} (step {at[best]})")
+    style.cap(axes, losses + validation)
     axes.set_ylabel("loss")
     if not losses and not validation:
-        axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center", color=GREY)
-
-
-def _cap(axes: Axes, values: Sequence[float]) -> None:
-    """Cut off rare spikes that would flatten the rest of the curve; the axis says so by an arrow at its end."""
-    if len(values) < 20:
-        return
-    ordered = sorted(values)
-    usual = ordered[math.ceil(0.98 * len(ordered)) - 1]
-    if ordered[-1] > 4 * usual > 0:
-        axes.set_ylim(min(0.0, ordered[0]), 1.3 * usual)
-        text = f"↑ up to {ordered[-1]:.3g}"
-        axes.text(0.995, 0.97, text, transform=axes.transAxes, ha="right", va="top", fontsize=9, color=GREY)
+        style.empty(axes, "nothing logged")
 
 
 def _restarts(panels: Sequence[Axes], events: Sequence[Event]) -> None:
@@ -155,38 +124,10 @@ def _restarts(panels: Sequence[Axes], events: Sequence[Event]) -> None:
             label = None
 
 
-def _legend(axes: Axes) -> None:
-    """Above the panel, where it cannot cover a curve."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(
-            frameon=False,
-            loc="lower left",
-            bbox_to_anchor=(-0.01, 1.0),
-            ncols=4,
-            fontsize=10,
-            borderaxespad=0.2,
-            handletextpad=0.6,
-            columnspacing=1.8,
-        )
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(colors=GREY, labelsize=9.5)
-    axes.yaxis.label.set(color=INK, fontsize=10.5)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.015)
-
-
 def _finish(figure: Figure, lowest: Axes, title: str, path: str | Path) -> None:
-    lowest.set_xlabel("optimiser step", color=INK, fontsize=10.5)
-    lowest.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, steps=[1, 2, 5, 10]))
-    figure.align_ylabels()
-    if title:
-        figure.suptitle(title, fontsize=12.5, fontweight="bold", color=INK, x=0.01, ha="left")
-    figure.savefig(path, facecolor="white", format="png")
+    lowest.set_xlabel("optimiser step")
+    style.whole_numbers(lowest)
+    style.save(figure, title, path)
 
 
 def _series(rows: Sequence[Row], name: str) -> tuple[list[int], list[float]]:

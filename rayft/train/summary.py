@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from rayft.config.recipe import Recipe
+from rayft.train.markdown import number, table
 from rayft.train.progress import duration, shorten
 from rayft.train.recorder import Event, Row
 from rayft.train.symptoms import symptoms
@@ -121,7 +122,7 @@ def _what_ran(
     rate = f", learning rate {train.learning_rate:g}" if train.learning_rate is not None else ""
     lines.append(("optimiser", f"{train.optim}{rate}, {train.lr_scheduler_type} schedule"))
     lines.append(("seed", str(recipe.seed)))
-    return _table(["", ""], lines)
+    return table(["", ""], lines)
 
 
 def _method(recipe: Recipe) -> str:
@@ -152,8 +153,8 @@ def _result(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
         names = [name for name in last if name not in COUNTERS and not name.startswith("grad_norm")]
         columns = [(f"first (step {first['step']})", first), (f"best (step {best['step']})", best)]
         columns.append((f"last (step {last['step']})", last))
-        lines = [(name.replace("_", " "), *(_number(row.get(name)) for _, row in columns)) for name in names]
-        parts.append(_table(["", *(title for title, _ in columns)], lines))
+        lines = [(name.replace("_", " "), *(number(row.get(name)) for _, row in columns)) for name in names]
+        parts.append(table(["", *(title for title, _ in columns)], lines))
     lines = []
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     if losses:
@@ -174,7 +175,7 @@ def _result(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     if facts.get("result_step") is not None:
         lines.append((f"`{facts.get('kind', 'adapter')}/`", f"the checkpoint of step {facts['result_step']}"))
     if lines:
-        parts.append(_table(["", ""], lines))
+        parts.append(table(["", ""], lines))
     return "\n\n".join(parts) or "Nothing was logged."
 
 
@@ -188,8 +189,8 @@ def _restarts(restarts: Sequence[Event]) -> str:
         )
         for event in restarts
     ]
-    table = _table(["time (UTC)", "from step", "steps done again", "reason"], lines)
-    return f"{table}\n\nEvery step counts once: what came after the checkpoint was dropped and computed again."
+    listed = table(["time (UTC)", "from step", "steps done again", "reason"], lines)
+    return f"{listed}\n\nEvery step counts once: what came after the checkpoint was dropped and computed again."
 
 
 def _samples(samples: Sequence[Mapping[str, str]]) -> str:
@@ -212,21 +213,6 @@ def _next(facts: Mapping[str, Any]) -> str:
     commands = f"rayft evaluate {path}    # the validation data, beside the base\nrayft runs show {facts['name']}"
     python = f'from rayft.models.save import load_trained\n\nmodel, tokenizer = load_trained("{path}/{kind}")'
     return f"```sh\n{commands}\n```\n\n```python\n{python}\n```"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in row) + " |" for row in rows)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _hash(value: str | None) -> str:

@@ -1,0 +1,1 @@
+"""`rayft tune`: many trials of one recipe, and what a person sees of them."""
