@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,21 +36,3 @@ class TrialRow:
     @property
     def ended(self) -> bool:
         return self.state in ("complete", "pruned", "failed")
-
-
-def value_of(row: TrialRow, metric: str) -> float | None:
-    """The trial's latest value of a metric; None without one and where it is not finite."""
-    value = row.metrics.get(metric)
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def ranked(rows: Sequence[TrialRow], metric: str, mode: str) -> list[TrialRow]:
-    """Complete trials with a finite value, the best first; the earlier trial wins a tie. `mode`: "min" or "max"."""
-    sign = -1.0 if mode == "max" else 1.0
-    scored = [
-        (sign * value, row.number, row)
-        for row in rows
-        if row.state == "complete"
-        if (value := value_of(row, metric)) is not None
-    ]
-    return [row for _, _, row in sorted(scored, key=lambda item: item[:2])]
