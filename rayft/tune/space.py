@@ -87,6 +87,14 @@ class Space:
             _set(plain, parts_of(path), copy.deepcopy(values[path]))
         return config.load(plain).recipe
 
+    def invalid(self, values: Values) -> str | None:
+        """Why a point is no valid recipe; None when it is one."""
+        try:
+            self.recipe(values)
+        except UsageError as error:
+            return error.message
+        return None
+
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A point as Optuna's parameters: lists and mappings as JSON text, single choices left out."""
         return {
@@ -162,31 +170,23 @@ class Space:
                 )
             if not _contains(item, value):
                 raise UsageError("R722", f"{where}: {path} is {value!r}, which is not in {item.kind} {item.values}")
-        reasons = [self._invalid(self.draw(random.Random(seed), point)) for seed in range(8)]
+        reasons = [self.invalid(self.draw(random.Random(seed), point)) for seed in range(8)]
         if all(reasons):
             raise UsageError("R722", f"{where} is not a valid recipe: {reasons[0]}")
 
     def _check_choices(self) -> None:
         rng = random.Random(0)
         points = [self.draw(rng) for _ in range(DRAWS)]
-        reasons = [self._invalid(point) for point in points]
+        reasons = [self.invalid(point) for point in points]
         if all(reasons):
             raise UsageError("R721", f"tune.space: all of {DRAWS} points tried are invalid; the first: {reasons[0]}")
         for path, item in self.distributions.items():
             for choice in item.values if item.kind in ("choice", "grid_search") else []:
                 of_choice = [why for point, why in zip(points, reasons, strict=True) if _has(point, path, choice)]
                 if of_choice and all(of_choice):
-                    more = [self._invalid(self.draw(rng, {path: choice})) for _ in range(DRAWS // 4)]
+                    more = [self.invalid(self.draw(rng, {path: choice})) for _ in range(DRAWS // 4)]
                     if all(more):
                         raise UsageError("R721", f"tune.space: {path}={choice!r} is never valid: {of_choice[0]}")
-
-    def _invalid(self, values: Values) -> str | None:
-        """Why a point is no valid recipe; None when it is one."""
-        try:
-            self.recipe(values)
-        except UsageError as error:
-            return error.message
-        return None
 
 
 def parts_of(path: str) -> list[Part]:
