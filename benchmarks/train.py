@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["RAY_worker_niceness"] = "0"  # Ray lowers its workers' priority, and the peers run at the normal one
 
 import ray
 from arms import Arm, PeerArm, RayftArm, open_gate

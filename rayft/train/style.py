@@ -40,7 +40,7 @@ def frame(axes: Axes) -> None:
 
 def whole_numbers(axes: Axes) -> None:
     """Round integers on the horizontal axis, as steps and trials are counted."""
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
 def star(axes: Axes, x: float, y: float, label: str) -> None:

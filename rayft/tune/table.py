@@ -49,7 +49,7 @@ def summary(
     rows: Sequence[TrialRow], objectives: Sequence[Objective], total: int, elapsed: float, left: float | None
 ) -> str:
     """One line: how far the sweep is."""
-    return f"{_counts(rows, total)}; {_bestline(winners(rows, objectives), objectives, elapsed, left).plain}"
+    return f"{counts(rows, total)}; {_bestline(winners(rows, objectives), objectives, elapsed, left).plain}"
 
 
 def line(row: TrialRow, objectives: Sequence[Objective], paths: Sequence[str], best: bool) -> str:
@@ -63,11 +63,11 @@ def line(row: TrialRow, objectives: Sequence[Objective], paths: Sequence[str], b
 
 
 def _headline(rows: Sequence[TrialRow], title: str, total: int) -> Text:
-    return Text.assemble((title, "bold"), f"  {_counts(rows, total)}")
+    return Text.assemble((title, "bold"), f"  {counts(rows, total)}")
 
 
-def _counts(rows: Sequence[TrialRow], total: int) -> str:
-    """5 of 16 trials: 3 complete, 2 pruned, 8 running."""
+def counts(rows: Sequence[TrialRow], total: int) -> str:
+    """3 of 16 trials: 1 complete, 2 pruned, 8 running."""
     ended = sum(row.ended for row in rows)
     return f"{ended} of {total} trials" + (f": {_states(rows)}" if rows else "")
 
