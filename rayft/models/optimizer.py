@@ -1,4 +1,4 @@
-"""Parameter groups of LoRA+ and of phases, and the pull towards the start weights."""
+"""What the optimiser is told: the recipe's settings, parameter groups of LoRA+ and of phases, the pull of L2-SP."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ from torch import nn
 
 from rayft.config.recipe import Recipe
 from rayft.models.partial import selected
+
+
+def optimizer_settings(recipe: Recipe) -> dict[str, Any]:
+    """Optimiser and schedule of a recipe as fields of ``transformers.TrainingArguments``."""
+    train = recipe.train
+    return {
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.lr_scheduler_type,
+        "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": train.optim,
+        "optim_args": train.optim_args,
+    }
 
 
 def optimizer_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]] | None:

@@ -175,7 +175,7 @@ def _ia3(adapter: Adapter, model: PreTrainedModel, total_steps: int | None) -> d
     feedforward = [
         name
         for name, module in linear_layers(model).items()
-        if MLP.search(name.rpartition(".")[0]) and _out_features(module) == width and _targeted(name, targets)
+        if MLP.search(name.rpartition(".")[0]) and _out_features(module) == width and targeted(name, targets)
     ]
     return {"target_modules": targets, "feedforward_modules": sorted({name.rpartition(".")[2] for name in feedforward})}
 
@@ -215,7 +215,8 @@ def _out_features(module: nn.Module) -> int:
     return module.nf if isinstance(module, Conv1D) else module.out_features  # type: ignore[return-value]
 
 
-def _targeted(name: str, targets: str | list[str]) -> bool:
+def targeted(name: str, targets: str | list[str]) -> bool:
+    """Whether PEFT puts an adapter on the module of that name for these ``target_modules``."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in targets)

@@ -51,6 +51,24 @@ def save(
     return "model"
 
 
+def save_plain(
+    config: PeftConfig,
+    tensors: dict[str, torch.Tensor],
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    origin: Origin,
+) -> None:
+    """Write an adapter that is on no model as `save` would: config and tensors by PEFT's names, tokenizer, base."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    _name_base(config, origin)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS)
+    _write_origin(folder, origin)
+
+
 def load_trained(
     folder: str | Path,
     *,
@@ -89,9 +107,7 @@ def cast_weights(folder: str | Path, dtype: str) -> None:
 def _save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | None) -> None:
     origin: Origin = model.origin
     config = model.peft_config["default"]
-    from_hub = hub.kind_of(origin.base) == "hub"
-    config.base_model_name_or_path = origin.base if from_hub else origin.folder
-    config.revision = origin.revision if from_hub else None
+    _name_base(config, origin)
     pattern = getattr(config, "rank_pattern", None)
     # Never the whole embedding: PEFT would add it for new tokens, whose rows are in the adapter anyway.
     with warnings.catch_warnings():
@@ -102,6 +118,16 @@ def _save_adapter(model: PeftModel, folder: Path, state_dict: dict[str, Any] | N
     if initial := getattr(model, "initial_state", None):
         _convert_to_lora(folder, initial)
     _check_not_empty(model, folder)
+    _write_origin(folder, origin)
+
+
+def _name_base(config: PeftConfig, origin: Origin) -> None:
+    from_hub = hub.kind_of(origin.base) == "hub"
+    config.base_model_name_or_path = origin.base if from_hub else origin.folder
+    config.revision = origin.revision if from_hub else None
+
+
+def _write_origin(folder: Path, origin: Origin) -> None:
     facts = {
         "base": origin.base,
         "revision": origin.revision,

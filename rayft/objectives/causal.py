@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,6 +38,9 @@ def install(model: Any, *, loss_function: LossFunction | None = None, chunk_rows
     reach the head; the others pass it ``chunk_rows`` at a time. A batch without any weight has loss 0 and zero
     gradients. Called without ``loss_weights`` the model is what it was before.
 
+    With ``segments``, lengths that sum to T of parts that lie end to end in one row (B = 1), ``loss`` is float32
+    [parts]: one sum per part, each over its own tokens, and no two parts have logits at the same time.
+
     Call it last, on the outermost model: after adapters are attached, before DDP or DeepSpeed wrap it.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -48,7 +51,13 @@ def install(model: Any, *, loss_function: LossFunction | None = None, chunk_rows
 
     @functools.wraps(stock_forward)  # `generate` reads the signature to know which inputs to prepare
     @torch.compiler.disable(recursive=False)  # only what is called from here is compiled: the decoder, not the loss
-    def forward(input_ids: Any = None, *, loss_weights: torch.Tensor | None = None, **inputs: Any) -> Any:
+    def forward(
+        input_ids: Any = None,
+        *,
+        loss_weights: torch.Tensor | None = None,
+        segments: Sequence[int] | None = None,
+        **inputs: Any,
+    ) -> Any:
         if loss_weights is None:
             return stock_forward(input_ids=input_ids, **inputs)
 
@@ -57,15 +66,20 @@ def install(model: Any, *, loss_function: LossFunction | None = None, chunk_rows
             def chunk_loss(rows: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
                 return row_losses(tail(head_forward(rows)), targets, weights)
 
-            rows = _supervised(hidden, input_ids, loss_weights)
+            supervised = _supervised(hidden, input_ids, loss_weights, segments or [input_ids.shape[1]])
             if _gathers_its_parts(head):
-                return chunk_loss(*rows)
+                return torch.stack([chunk_loss(*rows) for rows in supervised])
             trainable = [parameter for parameter in head.parameters() if parameter.requires_grad]
-            return summed_over_chunks(chunk_loss, *rows, parameters=trainable, chunk_rows=chunk_rows)
+            return torch.stack(
+                [
+                    summed_over_chunks(chunk_loss, *rows, parameters=trainable, chunk_rows=chunk_rows)
+                    for rows in supervised
+                ]
+            )
 
         with _computing(head, loss_of) as answers:
             stock_forward(input_ids=input_ids, **{"use_cache": False} | inputs)
-        return CausalLMOutputWithPast(loss=answers[0].squeeze())
+        return CausalLMOutputWithPast(loss=answers[0].squeeze() if segments is None else answers[0].flatten())
 
     model.forward = forward
 
@@ -79,7 +93,7 @@ def _computing(head: nn.Module, loss_of: Callable[..., torch.Tensor]) -> Iterato
     """
     answers: list[torch.Tensor] = []
     stock_forward, own = head.forward, vars(head).get("forward")
-    head.forward = lambda hidden: loss_of(stock_forward, hidden).reshape(1, 1, 1)
+    head.forward = lambda hidden: loss_of(stock_forward, hidden).reshape(1, 1, -1)
     hook = head.register_forward_hook(lambda module, inputs, output: answers.append(output))
     try:
         yield answers
@@ -99,9 +113,9 @@ def _gathers_its_parts(head: nn.Module) -> bool:
 
 
 def _supervised(
-    hidden: torch.Tensor, input_ids: torch.Tensor, loss_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows that are trained on: hidden states [N, H], the tokens they predict [N] and their weights [N].
+    hidden: torch.Tensor, input_ids: torch.Tensor, loss_weights: torch.Tensor, segments: Sequence[int]
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The rows that are trained on, by segment: hidden states [N, H], the tokens they predict [N], their weights [N].
 
     ``hidden`` is longer than ``input_ids`` where virtual tokens stand in front (prompt tuning): the last of them
     predicts the first token.
@@ -110,4 +124,10 @@ def _supervised(
     targets = functional.pad(input_ids, (virtual, 0))[:, 1:].flatten()
     weights = functional.pad(loss_weights, (virtual, 0))[:, 1:].flatten()
     rows = weights.nonzero().squeeze(1)
-    return hidden[:, :-1].flatten(0, 1).index_select(0, rows), targets[rows], weights[rows]
+    whole = hidden[:, :-1].flatten(0, 1).index_select(0, rows), targets[rows], weights[rows]
+    if len(segments) == 1:
+        return [whole]
+    ends = torch.tensor(segments, device=rows.device).cumsum(0)
+    owners = torch.searchsorted(ends, rows + 1, right=True)  # a row belongs to the segment of the token it predicts
+    counts: list[int] = owners.bincount(minlength=len(segments)).tolist()
+    return list(zip(*(part.split(counts) for part in whole), strict=True))

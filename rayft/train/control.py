@@ -14,11 +14,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rayft.config.recipe import Recipe
+from rayft.data.micro_batches import MicroBatches
 from rayft.metrics import perplexity
 from rayft.runs import manifest
 from rayft.train.checkpoint import FACTS
 from rayft.train.context import Context
-from rayft.train.loader import MicroBatches
 from rayft.train.speed import Speed
 from rayft.train.watch import Watch
 

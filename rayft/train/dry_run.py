@@ -69,7 +69,7 @@ def dry_run(source: str | Path | Mapping[str, Any] | Recipe | None = None, overr
 
 
 def _plan(prepared: Any) -> dict[str, Any]:
-    from rayft.train.loader import micro_steps
+    from rayft.data.micro_batches import micro_steps
 
     schedule, stats, workers = prepared.schedule, prepared.data.stats, prepared.workers
     micro = prepared.micro_batch_size()

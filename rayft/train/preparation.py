@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +13,14 @@ from typing import Any, Literal
 from rayft.config import compatibility
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
+from rayft.data.micro_batches import micro_batch_size
+from rayft.data.schedule import StepSchedule
 from rayft.functions import load_function
 from rayft.metrics import registry
 from rayft.runs import reference
 from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.runs.storage import locate
-from rayft.train.schedule import StepSchedule
 from rayft.train.worker import Job
-
-MICRO_TOKENS = {"cpu": 4096, "gpu": 16384}
-"""Tokens of one forward pass that `micro_batch_size: auto` starts from; out-of-memory halves it."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,8 @@ class Preparation:
         return StepSchedule.of(self.recipe, examples)
 
     def micro_batch_size(self) -> int:
-        """Examples per forward pass: the recipe's, or as many of the longest as MICRO_TOKENS holds."""
-        share = math.ceil(self.recipe.train.global_batch_size / self.workers)
-        wanted = self.recipe.train.micro_batch_size
-        if wanted != "auto":
-            return min(wanted, share)
-        return max(1, min(share, MICRO_TOKENS[self.device] // int(self.schedule.lengths.max())))
+        """Examples per forward pass that the run starts with."""
+        return micro_batch_size(self.recipe.train.micro_batch_size, self.schedule, self.workers, self.device)
 
     def job(self, folder: RunFolder, answer: str | None) -> Job:
         """The first attempt, or the next one of a run that was interrupted."""

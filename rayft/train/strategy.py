@@ -10,8 +10,9 @@ from pydantic import TypeAdapter
 from transformers import TrainingArguments
 
 from rayft.config.recipe import Recipe
+from rayft.data.schedule import StepSchedule
 from rayft.errors import UsageError
-from rayft.train.schedule import StepSchedule
+from rayft.models.optimizer import optimizer_settings
 
 ZERO_STAGE = {"zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -35,20 +36,12 @@ def training_arguments(
     """
     train = recipe.train
     zero = ZERO_STAGE.get(recipe.scale.strategy)
-    arguments: dict[str, Any] = {
+    arguments: dict[str, Any] = optimizer_settings(recipe) | {
         "output_dir": folder,
         "seed": recipe.seed,
         "max_steps": schedule.total_steps,
         "per_device_train_batch_size": micro_batch_size,
         "gradient_accumulation_steps": micro_steps,
-        "learning_rate": train.learning_rate,
-        "lr_scheduler_type": train.lr_scheduler_type,
-        "lr_scheduler_kwargs": train.lr_scheduler_kwargs or None,
-        "warmup_steps": train.warmup_steps,
-        "weight_decay": train.weight_decay,
-        "max_grad_norm": train.max_grad_norm,
-        "optim": train.optim,
-        "optim_args": train.optim_args,
         "bf16": dtype == "bf16",
         "fp16": dtype == "fp16",
         "activation_checkpointing": train.gradient_checkpointing,

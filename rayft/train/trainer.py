@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import PrinterCallback
 
 from rayft.config.recipe import Recipe
+from rayft.data.schedule import StepSchedule
 from rayft.models import adapters
 from rayft.train.control import ClusterCallback
-from rayft.train.schedule import StepSchedule
 
 TRAINING_STATE = "weights.pt"
 """Inside a checkpoint of an adapter: its weights exactly as they are trained. The stock files can hold less (the

@@ -97,12 +97,12 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     import torch
     from transformers import set_seed
 
-    from rayft.data import Prepared
+    from rayft.data import Prepared, micro_batches
+    from rayft.data.schedule import StepSchedule
     from rayft.models import adapters, hub, load
     from rayft.objectives import causal
     from rayft.train import checkpoint, loader, methods, selftest, strategy
     from rayft.train.control import ClusterCallback
-    from rayft.train.schedule import StepSchedule
     from rayft.train.speed import Speed, flops_per_token
     from rayft.train.trainer import RayftTrainer
     from rayft.train.watch import Limits, Watch
@@ -115,7 +115,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
     examples, validation = prepared.split("train"), prepared.split("validation")
     assert examples is not None
     schedule = StepSchedule.of(recipe, examples)
-    batches = loader.MicroBatches(schedule, context.workers, context.rank, job.micro_batch_size)
+    batches = micro_batches.MicroBatches(schedule, context.workers, context.rank, job.micro_batch_size)
     rows = {"padding_free": recipe.data.padding_free, "pad_token_id": tokenizer.pad_token_id}
     dtype = load.dtype_of(recipe, job.device)
 
@@ -167,7 +167,7 @@ def build(job: Job, context: Context, scratch: str) -> tuple[RayftTrainer, Clust
         validation=None
         if validation is None
         else functools.partial(
-            loader.validation_batches, validation, context.workers, context.rank, job.micro_batch_size, **rows
+            micro_batches.validation_batches, validation, context.workers, context.rank, job.micro_batch_size, **rows
         ),
         penalty=method.penalty,
         control=control,

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from rayft.config.recipe import Recipe
-from rayft.data import Examples
+from rayft.data.examples import Examples
 from rayft.data.plan import step_plan
 
 
