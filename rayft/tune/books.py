@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rayft.config.tune import Tune
@@ -84,6 +85,14 @@ class Books:
                 trial.set_constraint(name, measured - bound)
         values = [value for metric, _ in self.tune.objectives if (value := record.objective(metric)) is not None]
         self.study.tell(trial, values if record.state == "complete" else None, state=STATES[record.state])
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Path -> distribution of everything that was asked for."""
+        return {
+            path: found
+            for trial in self.study.get_trials(deepcopy=False)
+            for path, found in trial.distributions.items()
+        }
 
     # After a resume
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from optuna.distributions import BaseDistribution
+
 from rayft.config.resolve import Resolved
 from rayft.config.tune import Tune
 from rayft.runs.metrics import MetricsLog
@@ -59,6 +61,9 @@ class Study:
         self._clock = clock
         self._began = clock()
         self._losses_allowed = recipe.scale.max_failures if recipe.scale.max_failures >= 0 else math.inf
+        self._stopping = False
+        self._events: list[str] = []
+        self._alone: list[float] = []
         self._records: dict[int, Record] = {}
         self._lock = lock(Path(folder) / LOCK, timeout=patience)
         try:
@@ -156,12 +161,45 @@ class Study:
 
     def lost(self, lane: str) -> None:
         """The lane has died: what it trained waits for another one."""
-        for record in self._records.values():
-            if record.state == "running" and record.lane == lane:
-                record.losses += 1
-                record.release("waiting", self._clock())
+        found = [record for record in self._records.values() if record.state == "running" and record.lane == lane]
+        for record in found:
+            record.losses += 1
+            record.release("waiting", self._clock())
+        if found:
+            numbers = ", ".join(str(record.number) for record in found)
+            self.event(f"{lane} died; its trials ({numbers}) went on from their checkpoints")
+
+    def stopping(self) -> bool:
+        """Whether lanes are to save their trials, give them back and end."""
+        return self._stopping
+
+    def event(self, text: str) -> None:
+        """Something that was survived on the way, as a sentence for the report."""
+        self._events.append(text)
 
     # What the driver asks
+
+    def request_stop(self) -> None:
+        self._stopping = True
+
+    def measured_alone(self, tokens_per_second: float) -> None:
+        """What a lane measured with one adapter in its pack."""
+        self._alone.append(tokens_per_second)
+
+    def alone(self) -> float | None:
+        """Tokens per second of one trial alone, the mean over lanes; None where it was not measured."""
+        return sum(self._alone) / len(self._alone) if self._alone else None
+
+    def events(self) -> list[str]:
+        return list(self._events)
+
+    def limit(self) -> int:
+        """Trials that the sweep will have."""
+        return self._limit
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Recipe path -> Optuna's distribution, as far as it was asked for."""
+        return self._books.distributions()
 
     def rows(self) -> list[TrialRow]:
         names = [metric for metric, _ in self.tune.objectives]

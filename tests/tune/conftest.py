@@ -11,6 +11,9 @@ import pytest
 from rayft.config import load
 from rayft.config.resolve import Resolved
 from rayft.tune.study import Study
+from tests.train.conftest import chat_file, recipe
+
+__all__ = ["chat_file", "recipe"]
 
 SPACE: dict[str, Any] = {
     "train.learning_rate": {"loguniform": [1e-5, 1e-2]},
