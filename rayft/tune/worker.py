@@ -17,6 +17,7 @@ from rayft.runs.folder import RunFolder
 from rayft.runs.storage import locate, write_atomic
 from rayft.tune.capacity import Capacity
 from rayft.tune.lane import Lane, Need
+from rayft.tune.owner import Remote
 
 SHARE = 0.8
 """Of the free memory that adapters may take; the rest is for the allocator's gaps."""
@@ -72,24 +73,6 @@ class RunFiles:
     def adapter(self, number: int) -> Iterator[Path]:
         with RunFolder.open(self.run).writing(f"trials/{number}/adapter") as folder:
             yield folder
-
-
-class Remote:
-    """A study in an actor, with the methods of a `Study`. Errors come as they were raised there."""
-
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
-
-    def __getattr__(self, method: str) -> Any:
-        import ray
-
-        def ask(*arguments: Any, **options: Any) -> Any:
-            try:
-                return ray.get(getattr(self._actor, method).remote(*arguments, **options))
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause if isinstance(error.cause, Exception) else error from None
-
-        return ask
 
 
 def ray_lane(config: dict[str, Any], job: LaneJob, study: Any) -> None:
