@@ -40,7 +40,7 @@ def train(
 
     def work() -> Report:
         source, overrides = split(words)
-        mode = _mode(resume=resume, overwrite=overwrite, new=new)
+        mode = mode_of(resume=resume, overwrite=overwrite, new=new)
         quiet()
         if dry_run:
             from rayft.train import dry_run as plan
@@ -90,7 +90,7 @@ def submit(
 
     def work() -> Report:
         source, overrides = split(words)
-        mode = _mode(resume=resume, overwrite=overwrite, new=new)
+        mode = mode_of(resume=resume, overwrite=overwrite, new=new)
         quiet()
         from rayft.runtime.jobs import submit as submit_job
 
@@ -100,7 +100,7 @@ def submit(
     execute(work, json, debug)
 
 
-def _mode(resume: bool, overwrite: bool, new: bool) -> Mode:
+def mode_of(resume: bool, overwrite: bool, new: bool) -> Mode:
     """What happens when the run's name is in use. Raises UsageError R111 for two answers at once."""
     given: list[Mode] = []
     if resume:
