@@ -123,7 +123,7 @@ class Tune(Section):
     max_concurrent_trials: int | None = Field(None, ge=1)
     """At most this many trials at once over all lanes."""
     time_budget_s: float | None = Field(None, gt=0)
-    """Seconds after which no trial begins and running ones stop at their next evaluation."""
+    """Seconds, from each start, after which no trial begins and running ones stop at their next evaluation."""
     points_to_evaluate: list[dict[str, Any]] = Field(default_factory=list)
     """Points of the space to try first; keys that are left out are proposed."""
     seed: int | None = Field(None, ge=0, lt=2**32)

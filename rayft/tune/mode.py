@@ -66,9 +66,10 @@ def _obstacle(space: Space, recipe: Recipe, tune: Tune) -> str | None:
     rng = random.Random(0)
     first: Recipe | None = None
     for point in (space.draw(rng) for _ in range(DRAWS)):
-        if space.invalid(point):
+        try:
+            trial = space.recipe(point)
+        except UsageError:  # such points are left out of the sweep too
             continue
-        trial = space.recipe(point)
         first = first or trial
         if reason := why_not(trial):
             return f"not every point of the space suits a pack: {reason}"
