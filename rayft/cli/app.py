@@ -9,6 +9,7 @@ import typer
 from rayft import __version__
 from rayft.cli import models, recipe, runs
 from rayft.cli.train import evaluate, submit, train
+from rayft.cli.tune import tune
 
 app = typer.Typer(
     name="rayft",
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Fine-tuning on Ray: from recipe to served adapter, nothing is lost and nothing changes silently.",
 )
 app.command()(train)
+app.command()(tune)
 app.command()(evaluate)
 app.command()(submit)
 app.add_typer(recipe.app, name="recipe")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from rayft.cli.modes import Modes, takes_modes
+from rayft.cli.modes import New, Overwrite, Resume, mode_of
 from rayft.cli.output import STOPPED, Report, execute, facts_table
 from rayft.cli.quiet import quiet
 from rayft.cli.words import Debug, Json, Words, split
@@ -20,10 +20,11 @@ HIDDEN = (
 """Scalars that metrics.jsonl, --json and the report have, but that nobody needs at the end of a run."""
 
 
-@takes_modes
 def train(
-    modes: Modes,
     words: Words = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    new: New = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show recipe, plan and memory; start nothing.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Three steps, save, reload and generate.")] = False,
     json: Json = False,
@@ -33,7 +34,7 @@ def train(
 
     def work() -> Report:
         source, overrides = split(words)
-        mode = modes.one()
+        mode = mode_of(resume=resume, overwrite=overwrite, new=new)
         quiet()
         if dry_run:
             from rayft.train import dry_run as plan
@@ -66,10 +67,11 @@ def evaluate(words: Words = None, json: Json = False, debug: Debug = False) -> N
     execute(work, json, debug)
 
 
-@takes_modes
 def submit(
-    modes: Modes,
     words: Words = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    new: New = False,
     address: Annotated[
         str | None,
         typer.Option(help="Dashboard of the cluster, such as http://head:8265; else $RAY_API_SERVER_ADDRESS."),
@@ -82,7 +84,7 @@ def submit(
 
     def work() -> Report:
         source, overrides = split(words)
-        mode = modes.one()
+        mode = mode_of(resume=resume, overwrite=overwrite, new=new)
         quiet()
         from rayft.runtime.jobs import submit as submit_job
 

@@ -26,7 +26,7 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 @dataclass(frozen=True)
 class Key:
     path: str
-    """Dotted; an item of a list is written `[]`."""
+    """Dotted; an item of a list is written `[]`, of a mapping `*`."""
     allowed: str
     default: str
     documentation: str
@@ -57,6 +57,8 @@ def sections(root: type[Section] = Recipe, prefix: str = "") -> Iterator[tuple[s
                     yield from walk(member, path)
                 elif get_origin(member) is list and is_section(get_args(member)[0]):
                     yield from walk(get_args(member)[0], f"{path}[]")
+                elif get_origin(member) is dict and is_section(get_args(member)[1]):
+                    yield from walk(get_args(member)[1], f"{path}.*")
 
     return walk(root, prefix)
 
@@ -114,6 +116,24 @@ def describe(annotation: Any) -> str:
     if origin is list:
         return f"list of {_join([describe(member) for member in members(arguments[0])])}"
     return "mapping"
+
+
+def exists(parts: Sequence[Part]) -> bool:
+    """Whether a recipe can hold a value at this path; indices of lists are whole numbers."""
+    annotation: Any = Recipe
+    for part in parts:
+        if not any(_holds(member, part) for member in members(annotation)):
+            return False
+        annotation = _below(annotation, part)
+    return True
+
+
+def _holds(annotation: Any, part: Part) -> bool:
+    if is_section(annotation):
+        return part in annotation.model_fields
+    if get_origin(annotation) in (list, tuple):
+        return isinstance(part, int)
+    return annotation is Any or get_origin(annotation) is dict
 
 
 def section_at(parts: Sequence[Part]) -> type[Section] | None:

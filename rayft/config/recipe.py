@@ -13,6 +13,7 @@ from rayft.config.model import Model
 from rayft.config.scale import Scale
 from rayft.config.section import Section
 from rayft.config.train import Train
+from rayft.config.tune import Tune
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 
@@ -31,8 +32,8 @@ class Recipe(Section):
     train: Train = Train()
     scale: Scale = Scale()
     evaluate: Evaluate = Evaluate()
-    tune: dict[str, Any] | None = None
-    """Section of `rayft tune`, checked by that verb."""
+    tune: Tune | None = None
+    """The sweep of `rayft tune`; absent: its defaults."""
     federate: dict[str, Any] | None = None
     """Section of `rayft federate`, checked by that verb."""
     serve: dict[str, Any] | None = None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rayft import config
 from rayft.config.recipe import Recipe
@@ -55,6 +55,18 @@ class TrainResult:
         return load_trained(on_this_machine(self.folder))
 
 
+class Watcher(Protocol):
+    """Somebody who follows a run while it goes on, such as a sweep. Called in a thread of its own."""
+
+    def begun(self, total_steps: int, trainable_parameters: int) -> None:
+        """An attempt has begun."""
+        ...
+
+    def evaluated(self, row: Mapping[str, Any]) -> bool:
+        """A row of metrics with an evaluation (any row, where nothing is held out); True asks the run to stop."""
+        ...
+
+
 def fit(
     source: str | Path | Mapping[str, Any] | Recipe | None = None,
     overrides: Sequence[str] = (),
@@ -63,13 +75,14 @@ def fit(
     answer: str | None = ANSWER,
     console: Console | None = None,
     quiet: bool = False,
+    watcher: Watcher | None = None,
 ) -> TrainResult:
     """Train what a recipe says and leave a run.
 
     source: YAML file, run folder, plain data or Recipe; overrides: `section.key=value`. mode: what to do when the run's
     name is in use (fail, resume, overwrite, new). answer: import path of the function that generates at evaluations, or
-    None. Raises UsageError before anything starts when the user can fix it, RunFailed when the run could not end, and
-    RunStopped when it was asked to stop and has saved.
+    None. watcher: hears of evaluations and may end the run. Raises UsageError before anything starts when the user can
+    fix it, RunFailed when the run could not end, and RunStopped when it was asked to stop and has saved.
     """
     resolved = config.load(source, overrides)
     recipe = resolved.recipe
@@ -89,7 +102,7 @@ def fit(
             folder.finish("stopped")  # nothing was lost: it can be resumed as before
         raise
     with folder:
-        return _run(folder, prepared, answer, console, quiet)
+        return _run(folder, prepared, answer, console, quiet, watcher)
 
 
 def _taken_up(resolved: config.Resolved, mode: Mode) -> RunFolder | None:
@@ -101,7 +114,12 @@ def _taken_up(resolved: config.Resolved, mode: Mode) -> RunFolder | None:
 
 
 def _run(
-    folder: RunFolder, prepared: Preparation, answer: str | None, console: Console | None, quiet: bool
+    folder: RunFolder,
+    prepared: Preparation,
+    answer: str | None,
+    console: Console | None,
+    quiet: bool,
+    watcher: Watcher | None,
 ) -> TrainResult:
     from rayft.train.attempts import run_to_end
     from rayft.train.finish import chosen_step, export
@@ -117,7 +135,7 @@ def _run(
     job = prepared.job(folder, answer)
     progress = Progress(prepared.schedule.total_steps, console, quiet=quiet)
     try:
-        with _shown(progress, launcher), _stoppable(launcher):
+        with _shown(progress, launcher), _stoppable(launcher), _followed(watcher, launcher, recipe):
             facts = _in_thread(
                 lambda: run_to_end(launcher, folder, job, recipe.scale.max_failures, recipe.train.on_divergence)
             )
@@ -177,6 +195,28 @@ def _shown(progress: Any, launcher: Launcher) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=10)
+
+
+@contextmanager
+def _followed(watcher: Watcher | None, launcher: Launcher, recipe: Recipe) -> Iterator[None]:
+    """Pass the recorder's news on to the watcher, in a thread of their own; its error ends the run and is raised."""
+    if watcher is None:
+        yield
+        return
+    from rayft.train.follow import Follower
+
+    follower = Follower(
+        watcher, launcher.recording, "validation_loss" if recipe.data.validation is not None else "loss"
+    )
+    thread = threading.Thread(target=follower.run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        follower.ended.set()
+        thread.join()
+        if follower.error is not None:
+            raise follower.error
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def prepare(recipe: Recipe) -> Preparation:
         registry.named(name)
     if recipe.train.loss_function:  # looked up before anything starts; each worker loads it again
         load_function(recipe.train.loss_function, "train.loss_function", "R614")
-    settled = _elsewhere(placement, settle, recipe.model_dump(mode="json"), base, device)
+    settled = elsewhere(placement, settle, recipe.model_dump(mode="json"), base, device)
     decided = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": settled.dtype})})
     workers = placement.workers[1] if placement is not None else 1
     return Preparation(decided, placement, device, base, init_adapter, settled, workers)
@@ -176,7 +176,7 @@ def _shared_data(data: Prepared, recipe: Recipe) -> str:
     return str(place)
 
 
-def _elsewhere(placement: Any, work: Callable[..., Any], *arguments: Any) -> Any:
+def elsewhere(placement: Any, work: Callable[..., Any], *arguments: Any) -> Any:
     """Call in a Ray task with a worker's resources, or here without a cluster. Errors come as they were raised."""
     if placement is None:
         return work(*arguments)

@@ -29,8 +29,10 @@ def finite(value: float | None) -> float | None:
 
 
 def ranking(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> list[TrialRow]:
-    """Complete trials that have all objectives, the best by the first one first; the earlier trial wins a tie."""
-    scored = [(cost, row) for row in rows if row.state == "complete" if (cost := costs(row, objectives)) is not None]
+    """Complete trials that have all objectives and break no constraint, the best by the first one first; the earlier
+    trial wins a tie."""
+    fit = [row for row in rows if row.state == "complete" and not row.facts.get("infeasible")]
+    scored = [(cost, row) for row in fit if (cost := costs(row, objectives)) is not None]
     return [row for _, row in sorted(scored, key=lambda item: (item[0], item[1].number))]
 
 

@@ -85,7 +85,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["train"], ["evaluate"], ["submit"], ["recipe", "show"], ["models", "pull"], ["runs", "rm"]]
+    "words", [["train"], ["tune"], ["evaluate"], ["submit"], ["recipe", "show"], ["models", "pull"], ["runs", "rm"]]
 )
 def test_every_command_explains_itself(invoke: Invoke, words: list[str]) -> None:
     done = invoke(*words, "--help")

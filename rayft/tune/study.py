@@ -1,0 +1,280 @@
+"""The owner of a sweep: what is proposed, what the rungs decide, and who trains which trial.
+
+Plain Python without a cluster; the driver starts it as an actor that the lanes ask. Every report and every end stands
+in `metrics.jsonl` before Optuna is told, so whatever dies, the next owner knows as much as this one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from optuna.distributions import BaseDistribution
+
+from rayft.config.resolve import Resolved
+from rayft.config.tune import Tune
+from rayft.runs.metrics import MetricsLog
+from rayft.runs.storage import locate, lock
+from rayft.tune.books import STATES, Books
+from rayft.tune.record import Proposal, Record, Report, Verdict
+from rayft.tune.rows import TrialRow
+from rayft.tune.schedulers import Rungs
+from rayft.tune.space import Space, Values
+
+LOG = "metrics.jsonl"
+LOCK = "study.lock"
+_NO_SCALARS = ("step", "time", "trial", "event", "trial_step", "stop", "lane", "facts")
+"""Keys of a row of the log that are not scalars of a trial; `step` counts the rows."""
+
+Ended = Literal["complete", "pruned", "failed"]
+
+
+class Study:
+    """Proposes trials, stops them at rungs, and hands those of dead lanes out again."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        folder: str | Path,
+        *,
+        budget: float,
+        space: Space | None = None,
+        first: Sequence[Values] = (),
+        resume: bool = False,
+        log: str | None = None,
+        patience: float = 30,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """folder: local, for the journal; log: path or URI of metrics.jsonl, by default in `folder`. budget: age of a
+        trial at its end, in `scheduler_args.time_attr`. first: points to try before all others. patience: seconds to
+        wait for a former owner that is just dying.
+
+        Raises UsageError: R406 another process works on the study, R730 it cannot be read, R731 the name is in use,
+        R732 it was begun with another space, R733 a package is missing.
+        """
+        recipe = resolved.recipe
+        self.tune = recipe.tune or Tune()
+        self.space = space or Space.of(resolved)
+        self._clock = clock
+        self._began = clock()
+        self._losses_allowed = recipe.scale.max_failures if recipe.scale.max_failures >= 0 else math.inf
+        self._stopping = False
+        self._events: list[str] = []
+        self._alone: list[float] = []
+        self._records: dict[int, Record] = {}
+        self._lock = lock(Path(folder) / LOCK, timeout=patience)
+        try:
+            seed = self.tune.seed if self.tune.seed is not None else recipe.seed
+            self._rungs = Rungs(self.tune, budget, seed)
+            self._books = Books(self.tune, self.space, recipe.name, Path(folder), seed, resume=resume)
+            self._log = MetricsLog(locate(log or Path(folder) / LOG), Path(folder))
+            self._written = 0
+            points = [*self.tune.points_to_evaluate, *first]
+            self._limit = self.tune.num_samples
+            if self.tune.search_alg == "grid":
+                points = [point for point in self.space.grid() if not self.space.invalid(point)]
+                self._limit = len(points)
+            self._books.queue(points)
+            self._rebuild()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    # What lanes ask
+
+    def next(self, lane: str) -> Proposal | None:
+        """A trial for a lane with room: first those that nobody trains any more, then a new one; None = nothing left.
+
+        Raises UsageError R721 when a hundred proposals in a row are no valid recipes.
+        """
+        for record in self._records.values():
+            if record.state == "waiting" and record.losses > self._losses_allowed:
+                reason = f"its lane died {record.losses} times under it"
+                self.finish(record.number, "failed", {}, {"reason": reason})
+            elif record.state == "waiting":
+                return self._hand_out(record, lane)
+        if len(self._records) >= self._limit or self._out_of_time():
+            return None
+        record = self._books.ask()
+        self._records[record.number] = record
+        self._rungs.add(record.number)
+        return self._hand_out(record, lane)
+
+    def begun(self, number: int, total_steps: int, **facts: Any) -> None:
+        """What a lane knows once the trial is in place."""
+        record = self._records[number]
+        record.total_steps = total_steps
+        record.facts |= facts
+        self._books.note(number, "total_steps", total_steps)
+
+    def report(self, number: int, step: int, metrics: Mapping[str, float]) -> Verdict:
+        """An evaluation after `step` optimiser steps. One that is known already gets the answer it got then."""
+        record = self._records[number]
+        known = next((report for report in record.reports if report.step == step), None)
+        if known is not None:
+            return known.verdict
+        scalars = {name: float(value) for name, value in metrics.items()}
+        report = Report(step, scalars, "continue")
+        record.reports.append(report)
+        report.verdict = self._judge(record)
+        row = {"trial": number, "event": "report", "trial_step": step, "stop": report.verdict == "stop"}
+        self._write(row | {"lane": record.lane} | scalars)
+        self._books.report(number, report)
+        return report.verdict
+
+    def checkpointed(self, number: int, path: str, step: int) -> None:
+        """From where another lane can go on."""
+        self._records[number].checkpoint = (path, step)
+        self._books.note(number, "checkpoint", [path, step])
+
+    def finish(self, number: int, state: Ended, metrics: Mapping[str, float], facts: Mapping[str, Any]) -> None:
+        """The end of a trial; a second one is not counted. metrics: scalars beside those of the last report.
+
+        `pruned` at the full budget is complete; without a finite objective a trial has failed.
+        """
+        record = self._records[number]
+        if record.ended:
+            return
+        scalars = {name: float(value) for name, value in metrics.items()}
+        if record.last:
+            record.last.metrics |= scalars
+        record.facts |= facts
+        if state == "pruned" and record.last and self._rungs.has_full_budget(self._age(record)):
+            state = "complete"
+        missing = [metric for metric, _ in self.tune.objectives if record.objective(metric) is None]
+        if state != "failed" and missing:
+            state = "failed"
+            record.facts.setdefault("reason", f"{missing[0]} is missing or not finite")
+        if broken := self._broken(record):
+            record.facts["infeasible"] = broken
+        record.release(state, self._clock())
+        self._write({"trial": number, "event": state, "trial_step": record.step, "facts": record.facts} | scalars)
+        self._books.close(record)
+        self._rungs.ended(number, self._last_result(record))
+
+    def give_back(self, number: int) -> None:
+        """A lane has no room for this trial: another one, or it itself later, goes on from the checkpoint."""
+        self._records[number].release("waiting", self._clock())
+
+    def lost(self, lane: str) -> None:
+        """The lane has died: what it trained waits for another one."""
+        found = [record for record in self._records.values() if record.state == "running" and record.lane == lane]
+        for record in found:
+            record.losses += 1
+            record.release("waiting", self._clock())
+        if found:
+            numbers = ", ".join(str(record.number) for record in found)
+            self.event(f"{lane} died; its trials ({numbers}) went on from their checkpoints")
+
+    def stopping(self) -> bool:
+        """Whether lanes are to save their trials, give them back and end."""
+        return self._stopping
+
+    def event(self, text: str) -> None:
+        """Something that was survived on the way, as a sentence for the report."""
+        self._events.append(text)
+
+    # What the driver asks
+
+    def request_stop(self) -> None:
+        self._stopping = True
+
+    def measured_alone(self, tokens_per_second: float) -> None:
+        """What a lane measured with one adapter in its pack."""
+        self._alone.append(tokens_per_second)
+
+    def alone(self) -> float | None:
+        """Tokens per second of one trial alone, the mean over lanes; None where it was not measured."""
+        return sum(self._alone) / len(self._alone) if self._alone else None
+
+    def events(self) -> list[str]:
+        return list(self._events)
+
+    def limit(self) -> int:
+        """Trials that the sweep will have."""
+        return self._limit
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Recipe path -> Optuna's distribution, as far as it was asked for."""
+        return self._books.distributions()
+
+    def rows(self) -> list[TrialRow]:
+        names = [metric for metric, _ in self.tune.objectives]
+        return [record.row(names, self._clock()) for record in self._records.values()]
+
+    def milestones(self) -> list[float]:
+        """Steps at which lanes should evaluate, because a trial may be stopped there."""
+        return self._rungs.milestones() if self._rungs.time_attr == "step" else []
+
+    def close(self) -> None:
+        """Let another process take the study up."""
+        self._log.flush()
+        self._lock.release()
+
+    # Within
+
+    def _hand_out(self, record: Record, lane: str) -> Proposal:
+        record.hold(lane, self._clock())
+        checkpoint = record.checkpoint[0] if record.checkpoint else None
+        return Proposal(record.number, record.values, self.space.recipe(record.values), checkpoint)
+
+    def _judge(self, record: Record) -> Verdict:
+        assert record.last is not None
+        value = record.last.metrics.get(self.tune.objectives[0][0])
+        if value is not None and not math.isfinite(value):
+            return "stop"
+        stops = self._rungs.stops(record.number, self._result(record))
+        return "stop" if stops or self._out_of_time() else "continue"
+
+    def _result(self, record: Record) -> dict[str, float]:
+        """The last report as one of Tune's trials would give it."""
+        assert record.last is not None
+        return {**record.last.metrics, "step": record.last.step, "training_iteration": len(record.reports)}
+
+    def _last_result(self, record: Record) -> dict[str, float] | None:
+        """What the rungs learn from a trial that has ended: nothing from a failed one."""
+        return self._result(record) if record.last and record.state != "failed" else None
+
+    def _age(self, record: Record) -> float:
+        return self._result(record).get(self._rungs.time_attr, 0)
+
+    def _broken(self, record: Record) -> list[str]:
+        """Names of the constraints that the trial breaks."""
+        values = {name: record.objective(name) for name in self.tune.constraints}
+        return [name for name, value in values.items() if value is not None and value > self.tune.constraints[name]]
+
+    def _out_of_time(self) -> bool:
+        return self.tune.time_budget_s is not None and self._clock() - self._began > self.tune.time_budget_s
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._written += 1
+        self._log.append({"step": self._written, **row})
+
+    def _rebuild(self) -> None:
+        """What a former owner left: trials from Optuna, their reports and ends from the log, in the order of then."""
+        for record in self._books.records():
+            self._records[record.number] = record
+            self._rungs.add(record.number)
+        for row in self._log.rows():
+            self._written = row["step"]
+            if (known := self._records.get(row["trial"])) is not None:
+                self._replay(known, row)
+        for record in self._records.values():
+            self._books.catch_up(record)
+
+    def _replay(self, record: Record, row: Mapping[str, Any]) -> None:
+        scalars = {name: math.nan if value is None else value for name, value in row.items() if name not in _NO_SCALARS}
+        if row["event"] == "report":
+            record.lane = row["lane"]
+            record.reports.append(Report(row["trial_step"], scalars, "stop" if row["stop"] else "continue"))
+            if math.isfinite(scalars.get(self.tune.objectives[0][0], 0)):
+                self._rungs.stops(record.number, self._result(record))
+        elif row["event"] in STATES:
+            if record.last:
+                record.last.metrics |= scalars
+            record.state = row["event"]
+            record.facts |= row["facts"]
+            self._rungs.ended(record.number, self._last_result(record))
