@@ -104,7 +104,7 @@ def _in_run(run: RunFolder, which: str | None) -> AdapterRef:
     assert which is not None
     kind, _, number = which.partition("-")
     if kind in ("trial", "round"):
-        return _weights(run.location / f"{kind}s" / number / "adapter", run)
+        return _weights(run.location / f"{kind}s" / number, run)
     found = {step: folder for step, folder in checkpoints.complete(run.location)}
     if kind == "best":
         step = run.record.facts.get("best_step")

@@ -184,7 +184,11 @@ def elsewhere(placement: Any, work: Callable[..., Any], *arguments: Any) -> Any:
 
     resources = dict(placement.resources)
     task = ray.remote(work).options(
-        num_cpus=resources.pop("CPU", 1), num_gpus=resources.pop("GPU", 0), resources=resources, max_retries=1
+        num_cpus=resources.pop("CPU", 1),
+        num_gpus=resources.pop("GPU", 0),
+        resources=resources,
+        max_retries=1,
+        scheduling_strategy="DEFAULT",  # a trial of a sweep calls this inside a placement group that has no room for it
     )
     try:
         return ray.get(task.remote(*arguments))

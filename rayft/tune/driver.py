@@ -90,7 +90,7 @@ def search(
 
     try:
         plan = make(resolved)
-        folder = taken or RunFolder.create(plan.resolved, "tune", mode)
+        folder = taken or RunFolder.create(plan.asked, "tune", mode)
     except BaseException:
         if taken is not None:
             taken.finish("stopped")

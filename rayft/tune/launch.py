@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -22,6 +23,7 @@ def open_study(plan: Plan, folder: RunFolder, *, resume: bool) -> Any:
     """The study's owner: an actor on the driver's node, or an object of this process. Raises what `Study` raises."""
     options: dict[str, Any] = {
         "budget": plan.budget,
+        "name": folder.name,
         "first": plan.first,
         "resume": resume,
         "log": str(locate(folder.path) / "metrics.jsonl"),
@@ -96,9 +98,18 @@ def _job(plan: Plan, folder: RunFolder) -> LaneJob | ClassicJob:
 
 
 def _on_ray(plan: Plan, folder: RunFolder, owner: Remote, job: LaneJob | ClassicJob, count: int) -> None:
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # lanes have no results of their own to be logged
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "1")
+    # Lanes have no results of their own to log or show, and their errors are ours to tell.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
     from ray import tune
+    from ray.tune.progress_reporter import TrialProgressCallback
+
+    class Silent(TrialProgressCallback):
+        """The stock one announces the end of each trial at every verbosity."""
+
+        def _print(self, msg: str) -> None:
+            pass
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
     home = locate(folder.path) / LANES
     home.make_folder()
@@ -112,6 +123,7 @@ def _on_ray(plan: Plan, folder: RunFolder, owner: Remote, job: LaneJob | Classic
             name=f"session-{len(home.children())}",
             storage_path=str(home),
             verbose=0,
+            callbacks=[Silent()],
             failure_config=tune.FailureConfig(max_failures=plan.recipe.scale.max_failures),
         ),
     )
@@ -121,10 +133,12 @@ def _on_ray(plan: Plan, folder: RunFolder, owner: Remote, job: LaneJob | Classic
         cause = getattr(errors[0], "cause", None)
         if isinstance(cause, RayftError):
             raise cause
+        numbers = ", ".join(map(str, left))
+        last_line = str(errors[0]).strip().splitlines()[-1]
         raise RunFailed(
             "R741",
-            f"{len(errors)} of {count} lanes failed and trials {', '.join(map(str, left))} are not done: {errors[0]}",
-            "look at the error, then go on with --resume",
+            f"{len(errors)} of {count} lanes failed and trials {numbers} are not done: {last_line}",
+            f"the traceback is in {home}/*/*/error.txt; mend it and go on with --resume",
         )
 
 

@@ -25,8 +25,10 @@ MOST = 64
 
 @dataclass(frozen=True)
 class Plan:
+    asked: Resolved
+    """The recipe with its space in full, for the run's folder."""
     resolved: Resolved
-    """With its number format decided and its space, so that the run holds both."""
+    """And with its number format decided, for the trials: a winner is trained again as it was."""
     prepared: Preparation
     space: Space
     chosen: Chosen
@@ -83,8 +85,9 @@ def make(resolved: Resolved) -> Plan:
     if not tune.space:
         distributions, prior = _searched_by_default(prepared)
         first = [prior]
-    resolved = _decided(resolved, prepared.settled.dtype, Space.of(resolved, distributions))
-    space = Space.of(resolved)
+    asked = _with(resolved, Space.of(resolved, distributions))
+    decided = _with(resolved, Space.of(resolved, distributions), dtype=prepared.settled.dtype)
+    space = Space.of(decided)
     space.check(tune.points_to_evaluate)
     per_trial = workers if isinstance(workers, int) else workers[0]
     room = prepared.placement.workers[0] // max(1, per_trial) if prepared.placement is not None else 1
@@ -94,7 +97,7 @@ def make(resolved: Resolved) -> Plan:
     lanes = max(1, min(room, int(limit)))
     most = min(MOST if tune.pack_size == "auto" else tune.pack_size, max(1, int(limit) // lanes))
     budget = _budget(prepared.schedule, recipe, tune)
-    return Plan(resolved, prepared, space, chosen, lanes, most, budget, first, workers)
+    return Plan(asked, decided, prepared, space, chosen, lanes, most, budget, first, workers)
 
 
 def _shaped(recipe: Recipe, tune: Tune, chosen: Chosen) -> tuple[Recipe, int | tuple[int, int]]:
@@ -162,13 +165,13 @@ def base_facts(recipe_data: dict[str, Any], base: str, data_folder: str, data_ha
     }
 
 
-def _decided(resolved: Resolved, dtype: str, space: Space) -> Resolved:
-    """The recipe with its number format, so that a winner is trained again as it was, and with the space in full."""
+def _with(resolved: Resolved, space: Space, **model: Any) -> Resolved:
+    """The recipe with this space and these values of its section `model`."""
     plain = user_values(resolved)
-    plain["model"] = plain["model"] | {"dtype": dtype}
     described: Mapping[str, Any] = {
         path: item.model_dump(mode="json", exclude_defaults=True) for path, item in space.distributions.items()
     }
+    plain["model"] = plain["model"] | model
     plain["tune"] = plain.get("tune", {}) | {"space": described}
     return config.load(plain)
 

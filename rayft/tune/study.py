@@ -41,6 +41,7 @@ class Study:
         folder: str | Path,
         *,
         budget: float,
+        name: str | None = None,
         space: Space | None = None,
         first: Sequence[Values] = (),
         resume: bool = False,
@@ -49,8 +50,8 @@ class Study:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """folder: local, for the journal; log: path or URI of metrics.jsonl, by default in `folder`. budget: age of a
-        trial at its end, in `scheduler_args.time_attr`. first: points to try before all others. patience: seconds to
-        wait for a former owner that is just dying.
+        trial at its end, in `scheduler_args.time_attr`. name: of the study, by default the recipe's. first: points to
+        try before all others. patience: seconds to wait for a former owner that is just dying.
 
         Raises UsageError: R406 another process works on the study, R730 it cannot be read, R731 the name is in use,
         R732 it was begun with another space, R733 a package is missing.
@@ -69,7 +70,7 @@ class Study:
         try:
             seed = self.tune.seed if self.tune.seed is not None else recipe.seed
             self._rungs = Rungs(self.tune, budget, seed)
-            self._books = Books(self.tune, self.space, recipe.name, Path(folder), seed, resume=resume)
+            self._books = Books(self.tune, self.space, name or recipe.name, Path(folder), seed, resume=resume)
             self._log = MetricsLog(locate(log or Path(folder) / LOG), Path(folder))
             self._written = 0
             points = [*self.tune.points_to_evaluate, *first]

@@ -22,7 +22,7 @@ from tests.train.conftest import Recipes
 from tests.train.test_chaos import wait_for
 from tests.tune.test_study import trials_of
 
-SPACE: dict[str, Any] = {"train.learning_rate": {"loguniform": [1e-3, 1e-1]}, "adapter.rank": {"choice": [2, 4]}}
+SPACE: dict[str, Any] = {"train.learning_rate": {"loguniform": [1e-4, 1e-3]}, "adapter.rank": {"choice": [2, 4]}}
 BASE = {
     "train.max_steps": 8,
     "train.eval_steps": 2,
@@ -145,8 +145,8 @@ def test_ctrl_c_saves_and_resume_goes_on(recipe: Recipes, ray_cluster: str, tmp_
 @pytest.mark.parametrize("workers", ["auto", 2])
 def test_classic_trials(recipe: Recipes, ray_cluster: str, workers: Any) -> None:
     changes = {"scale.workers": workers}
-    tune = {"execution": "classic", "num_samples": 3}
+    tune = {"execution": "classic", "num_samples": 2}
     result = search(sweep(recipe, f"classic-{workers}", changes, **tune), quiet=True)
-    assert_counted_once(result.path, 3)
-    here = search(sweep(recipe, "here", {"scale.workers": 0}, num_samples=3), quiet=True)
+    assert_counted_once(result.path, 2)
+    here = search(sweep(recipe, "here", {"scale.workers": 0}, num_samples=2), quiet=True)
     same_curves(result.rows, here.rows)

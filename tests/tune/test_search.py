@@ -19,7 +19,7 @@ from rayft.tune.study import Study
 from tests.train.conftest import Recipes
 from tests.tune.test_study import trials_of
 
-SPACE: dict[str, Any] = {"train.learning_rate": {"loguniform": [1e-3, 1e-1]}, "adapter.rank": {"choice": [2, 4]}}
+SPACE: dict[str, Any] = {"train.learning_rate": {"loguniform": [1e-4, 1e-3]}, "adapter.rank": {"choice": [2, 4]}}
 SMALL = {"train.max_steps": 6, "train.eval_steps": 2, "data.validation": 0.25}
 
 
@@ -50,6 +50,13 @@ def test_what_a_sweep_leaves(recipe: Recipes) -> None:
     assert ours.kind == "adapter" and ours.path == str(run / "adapter")
     of_trial = reference.resolve(f"run:sweep@trial-{result.best}", str(run.parent))
     assert ours.content_hash == of_trial.content_hash
+    second = search(sweep(recipe), mode="new", quiet=True)
+    assert second.name == "sweep-2" and [trial.number for trial in trials_of(Path(second.path), "sweep-2")] == [
+        0,
+        1,
+        2,
+        3,
+    ]
     assert search(sweep(recipe), mode="resume", quiet=True).rows == result.rows, "a finished sweep is not run again"
 
 
@@ -84,6 +91,7 @@ def test_classic_mode_finds_the_same(recipe: Recipes) -> None:
 def test_full_fine_tuning_is_classic(recipe: Recipes, capsys: pytest.CaptureFixture[str]) -> None:
     space = {"train.learning_rate": {"loguniform": [1e-5, 1e-3]}}
     result = search(sweep(recipe, {"adapter": None}, space=space, num_samples=2))
+    assert reference.resolve("run:sweep@trial-0", str(Path(result.path).parent)).kind == "model"
     assert result.kind == "model" and (Path(result.path) / "model" / "config.json").is_file()
     assert "classic: not every point of the space suits a pack: adapter" in capsys.readouterr().out
 
@@ -110,10 +118,13 @@ def test_a_classic_trial_is_stopped_at_a_rung(recipe: Recipes) -> None:
 
 
 def test_default_space(recipe: Recipes) -> None:
-    result = search(sweep(recipe, space={}, num_samples=1), quiet=True)
+    automatic = sweep(recipe, {"model.dtype": "auto"}, space={}, num_samples=1)
+    result = search(automatic, quiet=True)
     (row,) = result.rows
     assert row.values["train.learning_rate"] == pytest.approx(5e-4 * (2000 / 64) ** 0.781)
     assert row.values["adapter.target_modules"] == "all-linear"
+    assert result.best_recipe.model.dtype != "auto", "best.yaml says in which number format the winner was trained"
+    assert search(automatic, mode="resume", quiet=True).best == 0
     stored = RunFolder.open(result.path).recipe()
     assert stored.tune is not None and "adapter.rank" in stored.tune.space
 
@@ -180,6 +191,27 @@ def test_a_stopped_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest.MonkeyP
         assert dict(ours.history) == pytest.approx(dict(theirs.history), abs=1e-5)
     log = [row for row in RunFolder.open(result.path).metrics() if row["event"] == "report"]
     assert len({(row["trial"], row["trial_step"]) for row in log}) == len(log) == 12
+
+
+def test_a_stopped_classic_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = sweep(recipe, {"train.max_steps": 300}, num_samples=2, scheduler="none", execution="classic")
+    reports = Study.report
+
+    def stop_at_once(self: Study, *arguments: Any) -> Any:
+        self.request_stop()
+        return reports(self, *arguments)
+
+    monkeypatch.setattr(Study, "report", stop_at_once)
+    with pytest.raises(RunStopped, match="R742"):
+        search(plain, quiet=True)
+    monkeypatch.setattr(Study, "report", reports)
+    run = Path(plain["storage"], "sweep")
+    steps = RunFolder.open(run / "trials" / "0").checkpoints()
+    assert 0 < max(steps) < 300 and trials_of(run)[0].state.name == "RUNNING"
+    result = search(plain, mode="resume", quiet=True)
+    assert [(row.state, row.step) for row in result.rows] == [("complete", 300)] * 2
+    first = [row for row in RunFolder.open(run).metrics() if row["trial"] == 0 and row["event"] == "report"]
+    assert [row["trial_step"] for row in first] == list(range(2, 301, 2)), "nothing twice, nothing left out"
 
 
 @pytest.mark.parametrize(
