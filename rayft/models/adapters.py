@@ -21,7 +21,7 @@ from rayft.models.adalora import adalora_state, load_adalora_state, orthogonal_p
 from rayft.models.identity import base_hash
 from rayft.models.load import dtype_of, torch_dtype
 from rayft.models.optimizer import StartWeights, optimizer_groups
-from rayft.models.partial import add_biases, apply_phase, phase_at, selected
+from rayft.models.partial import add_biases, apply_phase, ever_trained, phase_at, thaw
 from rayft.models.peft_config import CHANGES_BASE, CONFIGS, peft_config
 from rayft.models.save import save
 from rayft.models.state import load_training_state, training_state
@@ -39,6 +39,7 @@ __all__ = [
     "parameter_counts",
     "phase_at",
     "save",
+    "thaw",
     "training_state",
     "update_budget",
 ]
@@ -98,7 +99,7 @@ def _unfreeze(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     phases: list[Trainable] = list(trainable) if isinstance(trainable, list) else [trainable]
     if any(phase.add_bias for phase in phases):
         add_biases(model)
-    ever = set().union(*(selected(model, phase) for phase in phases))
+    ever = ever_trained(model, phases)
     dtype = torch_dtype(dtype_of(recipe, model.device.type))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if name in ever else dtype)

@@ -24,7 +24,7 @@ from rayft.config.recipe import Recipe
 from rayft.config.train import Trainable
 from rayft.models import attention
 from rayft.models.load import dtype_of, torch_dtype
-from rayft.models.partial import add_biases, selected
+from rayft.models.partial import add_biases, ever_trained
 from rayft.models.peft_config import CHANGES_BASE, linear_layers, peft_config
 from rayft.models.quiet import quiet
 from rayft.objectives.causal import CHUNK_ROWS
@@ -124,7 +124,7 @@ def _skeleton(recipe: Recipe, folder: str) -> Any:
     phases: list[Trainable] = list(trainable) if isinstance(trainable, list) else [trainable] if trainable else []
     if any(phase.add_bias for phase in phases):
         add_biases(model)
-    ever = set().union(*(selected(model, phase) for phase in phases))
+    ever = ever_trained(model, phases)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not phases or name in ever)
     return model

@@ -9,7 +9,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from rayft.config.recipe import Recipe
-from rayft.models.partial import selected
+from rayft.models.partial import ever_trained
 
 
 def optimizer_settings(recipe: Recipe) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def optimizer_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]] |
         catch = create_loraplus_optimizer(model, _Groups, lr=rate, loraplus_lr_ratio=ratio, loraplus_weight_decay=decay)
         return [group for group in catch.groups if group["params"]]
     if isinstance(recipe.train.trainable, list):
-        names = set().union(*(selected(model, phase) for phase in recipe.train.trainable))
+        names = ever_trained(model, recipe.train.trainable)
         parameters = [parameter for name, parameter in model.named_parameters() if name in names]
         matrices = {"params": [p for p in parameters if p.ndim > 1], "lr": rate, "weight_decay": decay}
         vectors = {"params": [p for p in parameters if p.ndim <= 1], "lr": rate, "weight_decay": 0.0}

@@ -51,6 +51,19 @@ def selected(model: PreTrainedModel, trainable: Trainable) -> set[str]:
     return chosen
 
 
+def ever_trained(model: PreTrainedModel, phases: Sequence[Trainable]) -> set[str]:
+    """Names of the parameters that some phase chooses."""
+    return set().union(*(selected(model, phase) for phase in phases))
+
+
+def thaw(model: PreTrainedModel, phases: Sequence[Trainable]) -> None:
+    """Let everything that some phase trains need gradients, as what is built over the weights of all phases must see
+    it: DDP sums the gradients of those parameters only that needed one when it was built."""
+    chosen = ever_trained(model, phases)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
 def apply_phase(model: PreTrainedModel, trainable: Trainable) -> None:
     """Train exactly what ``trainable`` chooses from now on; gradients of everything else are dropped."""
     chosen = selected(model, trainable)

@@ -19,6 +19,8 @@ class MethodCallback(TrainerCallback):
         self.model, self.recipe, self.total_steps = model, recipe, total_steps
         self.adalora = recipe.adapter is not None and recipe.adapter.method == "adalora"
         self.phases = recipe.train.trainable if isinstance(recipe.train.trainable, list) else None
+        if self.phases is not None:
+            adapters.thaw(model, self.phases)  # until the first step begins
         self.start_weights = adapters.StartWeights(model) if recipe.train.l2_sp else None
 
     def penalty(self) -> torch.Tensor | None:
