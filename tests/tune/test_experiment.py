@@ -11,7 +11,7 @@ import pytest
 from ray.tune import ExperimentAnalysis
 from ray.tune.experiment import Trial
 
-from rayft.runs.metrics import read_rows
+from rayft.runs.lines import read_lines
 from rayft.runs.storage import locate
 from rayft.tune import experiment
 from rayft.tune.study import LOG, Study
@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> Path:
     adapter = tmp_path / "trials" / "0" / "adapter"
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text("{}")
-    log = read_rows(locate(tmp_path / LOG))
+    log = read_lines(locate(tmp_path / LOG))
     assert experiment.write(str(tmp_path), study.rows(), log) == str(tmp_path / "tune")
     experiment.write(str(tmp_path), study.rows(), log)  # again, as after every trial
     study.close()

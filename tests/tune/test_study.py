@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from rayft.errors import UsageError
-from rayft.runs.metrics import read_rows
+from rayft.runs.lines import read_lines
 from rayft.runs.storage import locate
 from rayft.tune.record import Proposal
 from rayft.tune.storage import JOURNAL
@@ -95,7 +95,7 @@ def test_decisions_are_those_of_ray_s_asha_on_the_recorded_curves(study: MakeStu
             del running[number]
     peer = AsyncHyperBandScheduler("step", "validation_loss", "min", max_t=9, grace_period=1, reduction_factor=3)
     trials: dict[int, Trial] = {}
-    log = read_rows(locate(tmp_path / LOG))
+    log = read_lines(locate(tmp_path / LOG))
     for row in log:
         if row["trial"] not in trials:
             trials[row["trial"]] = Trial("peer", stub=True)
@@ -281,7 +281,7 @@ class TestResume:
         assert [trial.number for trial in trials] == list(range(6))
         assert all(trial.state == TrialState.COMPLETE for trial in trials)
         rows = [
-            (row["trial"], row["trial_step"]) for row in read_rows(locate(tmp_path / LOG)) if row["event"] == "report"
+            (row["trial"], row["trial_step"]) for row in read_lines(locate(tmp_path / LOG)) if row["event"] == "report"
         ]
         assert len(rows) == len(set(rows)), "each report stands in the log once"
         values = [tuple(row.values.items()) for row in second.rows()]
