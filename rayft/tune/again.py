@@ -81,7 +81,7 @@ class Again:
     def event(self, text: str) -> None:
         """The sweep is over; its report says what went wrong in it."""
 
-    def measured_alone(self, tokens_per_second: float) -> None:
+    def measured(self, together: float, alone: float | None) -> None:
         """As for `event`."""
 
     def milestones(self) -> list[float]:

@@ -100,16 +100,17 @@ def report(
             settings=plan.settings(),
             seconds=seconds,
             rungs=tuple(owner.milestones()),
-            speed=_speed(plan, rows, owner.alone(), seconds),
+            speed=_speed(owner),
             repeats=tuple(repeats),
             events=tuple(owner.events()),
         ),
     )
 
 
-def _speed(plan: Plan, rows: Sequence[TrialRow], alone: float | None, seconds: float) -> Speed | None:
-    """Of the whole sweep against one trial after another on the same lanes."""
-    tokens = sum(row.metrics.get("tokens", 0.0) for row in rows)
-    if alone is None or not tokens or not seconds:
+def _speed(owner: Any) -> Speed | None:
+    """Steps of the sweep against those of one trial after another on the same lanes."""
+    speeds: tuple[float, float] | None = owner.speeds()
+    if speeds is None:
         return None
-    return Speed(tokens / seconds, alone * plan.lanes, "a trial alone in its pack, in the first steps of the sweep")
+    together, alone = speeds
+    return Speed(together, alone, "a trial alone in its pack, in the first steps of the sweep")

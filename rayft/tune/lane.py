@@ -108,6 +108,7 @@ class Lane:
         self.name, self.study, self.pack, self.files, self.capacity = name, study, pack, files, capacity
         self.data_of, self.need_of, self.memory, self.init_from = data_of, need_of, memory, init_from
         self.held: dict[int, Held] = {}
+        self.tokens, self.seconds = 0, 0.0  # trained, and spent in steps: evaluations and checkpoints are left out
         self._milestones = {math.ceil(age) for age in study.milestones()}
         self._more = True
         self._polled = time.monotonic()
@@ -200,7 +201,9 @@ class Lane:
             return
         seconds = time.monotonic() - began
         steps = {number: sum(report.trial == str(number) for report in reports) for number in self.held}
-        self.capacity.measure(count, steps, sum(report.tokens for report in reports), seconds)
+        tokens = sum(report.tokens for report in reports)
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.capacity.measure(count, steps, tokens, seconds)
         for report in reports:
             self._read(self.held[int(report.trial)], report)
 

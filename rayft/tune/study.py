@@ -64,7 +64,7 @@ class Study:
         self._losses_allowed = recipe.scale.max_failures if recipe.scale.max_failures >= 0 else math.inf
         self._stopping = False
         self._events: list[str] = []
-        self._alone: list[float] = []
+        self._measured: list[tuple[float, float | None]] = []
         self._records: dict[int, Record] = {}
         self._lock = lock(Path(folder) / LOCK, timeout=patience)
         try:
@@ -183,13 +183,14 @@ class Study:
     def request_stop(self) -> None:
         self._stopping = True
 
-    def measured_alone(self, tokens_per_second: float) -> None:
-        """What a lane measured with one adapter in its pack."""
-        self._alone.append(tokens_per_second)
+    def measured(self, together: float, alone: float | None) -> None:
+        """What a lane measured, in tokens per second of its steps: of its pack, and with one adapter in it."""
+        self._measured.append((together, alone))
 
-    def alone(self) -> float | None:
-        """Tokens per second of one trial alone, the mean over lanes; None where it was not measured."""
-        return sum(self._alone) / len(self._alone) if self._alone else None
+    def speeds(self) -> tuple[float, float] | None:
+        """Tokens per second of all lanes as they ran, and with one trial in each; None where that was not measured."""
+        known = [(together, alone) for together, alone in self._measured if alone is not None]
+        return (sum(pair[0] for pair in known), sum(pair[1] for pair in known)) if known else None
 
     def events(self) -> list[str]:
         return list(self._events)

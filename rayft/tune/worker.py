@@ -117,11 +117,9 @@ def run_lane(job: LaneJob, name: str, study: Any) -> None:
         memory=_free_memory(job) if job.grow else math.inf,
         init_from=job.init_from,
     )
-    try:
-        lane.run()
-    finally:
-        if rate := lane.capacity.rates.get(1):
-            study.measured_alone(rate)
+    lane.run()
+    if lane.seconds:
+        study.measured(lane.tokens / lane.seconds, lane.capacity.rates.get(1))
 
 
 def need(recipe: Recipe, data: Prepared, job: LaneJob) -> Need:

@@ -99,7 +99,7 @@ def test_full_fine_tuning_is_classic(recipe: Recipes, capsys: pytest.CaptureFixt
 def test_a_classic_trial_is_stopped_at_a_rung(recipe: Recipes) -> None:
     points = [{"train.learning_rate": 1e-2, "adapter.rank": 4}, {"train.learning_rate": 1e-9, "adapter.rank": 4}]
     space = SPACE | {"train.learning_rate": {"loguniform": [1e-9, 1e-1]}}
-    long = {"train.max_steps": 400, "train.eval_steps": 2}
+    long = {"train.max_steps": 400, "train.eval_steps": 20}
     result = search(
         sweep(
             recipe,
@@ -108,7 +108,7 @@ def test_a_classic_trial_is_stopped_at_a_rung(recipe: Recipes) -> None:
             points_to_evaluate=points,
             num_samples=2,
             execution="classic",
-            scheduler_args={"grace_period": 2, "max_t": 400, "reduction_factor": 2},
+            scheduler_args={"grace_period": 20, "max_t": 400, "reduction_factor": 2},
         ),
         quiet=True,
     )
@@ -194,7 +194,9 @@ def test_a_stopped_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest.MonkeyP
 
 
 def test_a_stopped_classic_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = sweep(recipe, {"train.max_steps": 300}, num_samples=2, scheduler="none", execution="classic")
+    plain = sweep(
+        recipe, {"train.max_steps": 300, "train.eval_steps": 30}, num_samples=2, scheduler="none", execution="classic"
+    )
     reports = Study.report
 
     def stop_at_once(self: Study, *arguments: Any) -> Any:
@@ -211,7 +213,7 @@ def test_a_stopped_classic_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest
     result = search(plain, mode="resume", quiet=True)
     assert [(row.state, row.step) for row in result.rows] == [("complete", 300)] * 2
     first = [row for row in RunFolder.open(run).metrics() if row["trial"] == 0 and row["event"] == "report"]
-    assert [row["trial_step"] for row in first] == list(range(2, 301, 2)), "nothing twice, nothing left out"
+    assert [row["trial_step"] for row in first] == list(range(30, 301, 30)), "nothing twice, nothing left out"
 
 
 @pytest.mark.parametrize(
