@@ -67,7 +67,7 @@ def test_a_sequential_tpe_study_is_plain_optuna_s(study: MakeStudy) -> None:
     assert found == [trial.params for trial in peer.trials]
 
 
-@pytest.mark.parametrize("search_alg", ["gp", "nsga2", "qmc", "random"])
+@pytest.mark.parametrize("search_alg", ["gp", "nsga2", "qmc", "random", "cmaes"])
 def test_other_samplers(study: MakeStudy, search_alg: str) -> None:
     owner = study(num_samples=4, search_alg=search_alg)
     values = []
