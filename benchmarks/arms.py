@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -198,10 +199,17 @@ class GatedRecorder(launch.RunRecorder):
         return super().should_stop()
 
 
-def open_gate() -> Any:
-    """Put all runs of this process behind the gate, as long as what is returned is kept."""
+@contextmanager
+def open_gate() -> Iterator[None]:
+    """All runs of this process are behind the gate inside."""
+    stock = launch.RunRecorder
     launch.RunRecorder = GatedRecorder  # type: ignore[misc]
-    return ray.remote(Gate).options(name=GATE, num_cpus=0).remote()
+    opened = ray.remote(Gate).options(name=GATE, num_cpus=0).remote()
+    try:
+        yield
+    finally:
+        launch.RunRecorder = stock  # type: ignore[misc]
+        ray.kill(opened)
 
 
 def gate() -> Any:

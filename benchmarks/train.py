@@ -218,17 +218,16 @@ def main() -> None:
         folder = Path(scratch)
         memory_claims(folder, quick)
         ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-        gate = open_gate()
-        if quick:
-            all_claims(Bench(folder, max_length=128, median=100, steps=10), quick)
-            skip("train.shipped_over_trainer_512", "--quick")
-        else:
-            all_claims(Bench(folder, max_length=256, median=205, steps=15), quick)
-            bench = Bench(folder, max_length=512, median=205, steps=15)
-            two, peer = bench.rayft("rayft-2-workers", workers=2), bench.peer("trainer")
-            seconds = bench.race([two, peer])
-            as_shipped(bench, 512, seconds[two.name], seconds[peer.name], quick)
-        del gate
+        with open_gate():
+            if quick:
+                all_claims(Bench(folder, max_length=128, median=100, steps=10), quick)
+                skip("train.shipped_over_trainer_512", "--quick")
+            else:
+                all_claims(Bench(folder, max_length=256, median=205, steps=15), quick)
+                bench = Bench(folder, max_length=512, median=205, steps=15)
+                two, peer = bench.rayft("rayft-2-workers", workers=2), bench.peer("trainer")
+                seconds = bench.race([two, peer])
+                as_shipped(bench, 512, seconds[two.name], seconds[peer.name], quick)
         ray.shutdown()
 
 

@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -210,17 +211,22 @@ def main() -> None:
         memory_claims(folder / "memory", base, quick)
         if with_ray:
             ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
-            gate = open_gate()
-        for batch, length, steps in ((1, 64, 11),) if quick else ((1, 64, 16), (2, 128, 11), (2, 256, 11)):
-            bench = Bench(folder / f"{batch}x{length}", base, batch=batch, length=length, steps=steps)
-            speed_claims(bench, quick, with_ray)
+        with open_gate() if with_ray else nullcontext():
+            _claims(folder, base, quick, with_ray)
         if with_ray:
-            start_up_claim(folder / "short", base, quick)
-            if not quick:
-                early_stopping_claims(folder / "long", base)
-            del gate
             ray.shutdown()
         _name_skipped(quick, with_ray)
+
+
+def _claims(folder: Path, base: str, quick: bool, with_ray: bool) -> None:
+    """All but those of memory."""
+    for batch, length, steps in ((1, 64, 11),) if quick else ((1, 64, 16), (2, 128, 11), (2, 256, 11)):
+        bench = Bench(folder / f"{batch}x{length}", base, batch=batch, length=length, steps=steps)
+        speed_claims(bench, quick, with_ray)
+    if with_ray:
+        start_up_claim(folder / "short", base, quick)
+        if not quick:
+            early_stopping_claims(folder / "long", base)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tune.Bench, "adapters", lambda bench, name, *args: FakeArm(name))
     for arm in ("PeerArm", "TuneArm", "TogetherArm"):
         monkeypatch.setattr(tune, arm, lambda name, *args, **kwargs: FakeArm(name))
-    monkeypatch.setattr(tune, "open_gate", object)
+    monkeypatch.setattr(tune, "open_gate", nullcontext)
     monkeypatch.setattr(tune, "ray", SimpleNamespace(init=lambda **_: None, shutdown=lambda: None))
     monkeypatch.setattr(tune, "sweep", lambda *args: [{"validation_loss": loss} for loss in (0.6, 0.5)])
     swept = SimpleNamespace(rows=[trial(0, value=0.51), trial(1, "pruned", 10, value=0.1)])
@@ -177,10 +178,9 @@ def test_plain_ray_tune_steps_at_the_gate_and_reports_rayfts_loss(bench: Any, ra
     import arms
     import tune_peer
 
-    gate = arms.open_gate()
-    arm = tune_peer.TuneArm("processes", bench.trials()[:2], str(tmp_path / "tune"), at_once=1)
-    seconds = arms.race([arm], bench.steps - 1)["processes"]
-    del gate
+    with arms.open_gate():
+        arm = tune_peer.TuneArm("processes", bench.trials()[:2], str(tmp_path / "tune"), at_once=1)
+        seconds = arms.race([arm], bench.steps - 1)["processes"]
     assert len(seconds) == 2 and min(seconds) > 0
     assert len(arm.results) == 2
     assert all(4 < result["validation_loss"] < 7 and result["peak_memory"] > 1e8 for result in arm.results)
