@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,9 @@ from rayft.train.watch import Watch
 
 PREEMPTION_POLL_SECONDS = 5.0
 """Ray polls the nodes as often; asking is a barrier, so not at every step."""
+NOT_EVALUATED = -sys.float_info.max
+"""Score of a checkpoint without a validation loss: below every other. Not -inf, which Ray's snapshot of a run would
+keep as null, and stumble over when the run goes on."""
 
 
 class Diverged(Exception):
@@ -172,7 +176,8 @@ class ClusterCallback(TrainerCallback):
         there is one, else the newest."""
         if self.recipe.data.validation is None:
             return float(step)
-        return -self._validation_loss if self._evaluated_at == step and self._validation_loss is not None else -math.inf
+        loss = self._validation_loss if self._evaluated_at == step else None
+        return -loss if loss is not None and math.isfinite(loss) else NOT_EVALUATED
 
     # Among the workers
 

@@ -42,8 +42,10 @@ def train(plain: dict[str, Any], **options: Any) -> TrainResult:
 
 
 def test_a_killed_worker(faulty: Callable[..., Any], recipe: Recipes, ray_cluster: str) -> None:
-    undisturbed = train(recipe(name="calm", **TWO | {"scale.workers": 0}))
-    killed = train(faulty("kill_once"))
+    """Before the first evaluation: the checkpoints so far have no validation loss to be ranked by."""
+    late = {"data.validation": 0.1, "train.eval_steps": 20}
+    undisturbed = train(recipe(name="calm", **TWO | late | {"scale.workers": 0}))
+    killed = train(faulty("kill_once", **late))
     assert_same(curve_of(killed.path), curve_of(undisturbed.path))
     (restart,) = events(killed.path, "restart")
     assert restart["reason"] == "a worker died"
