@@ -9,6 +9,7 @@ standard input and answers with a line (memory so far, losses of the step) when 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,23 +39,28 @@ def sequential(recipes: list[Recipe], base: str, data: str) -> Round:
     """Stock PEFT and a plain loop: one adapter at a time, on the same base."""
     from hf_trainer import examples_of
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, get_scheduler
 
     from rayft.data.plan import step_plan
 
     examples = examples_of(data)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.config.use_cache = False
-    optimizers, parameters, plans = {}, {}, {}
+    optimizers, schedules, parameters, plans = {}, {}, {}, {}
     for recipe in recipes:
         lora = LoraConfig(**lora_of(recipe), task_type="CAUSAL_LM")
+        torch.manual_seed(recipe.seed)  # so that both ways start with the same weights
         if hasattr(model, "peft_config"):
             model.add_adapter(recipe.name, lora)
         else:
             model = get_peft_model(model, lora, adapter_name=recipe.name)
         model.set_adapter(recipe.name)
         parameters[recipe.name] = [p for p in model.parameters() if p.requires_grad]
-        optimizers[recipe.name] = torch.optim.AdamW(parameters[recipe.name], lr=recipe.train.learning_rate)
+        settings = {"lr": recipe.train.learning_rate, "weight_decay": recipe.train.weight_decay}
+        optimizers[recipe.name] = torch.optim.AdamW(parameters[recipe.name], **settings)
+        total = recipe.train.max_steps
+        warmup = math.ceil(recipe.train.warmup_steps * total)  # a share, as in the recipes of `configurations.py`
+        schedules[recipe.name] = get_scheduler(recipe.train.lr_scheduler_type, optimizers[recipe.name], warmup, total)
         plans[recipe.name] = iter(step_plan(examples.lengths, recipe.train.global_batch_size, recipe.seed, 0))
     model.train()
 
@@ -68,6 +74,7 @@ def sequential(recipes: list[Recipe], base: str, data: str) -> Round:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters[name], 1.0)
         optimizers[name].step()
+        schedules[name].step()
         optimizers[name].zero_grad()
         return float(loss.detach())
 

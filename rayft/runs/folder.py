@@ -89,6 +89,15 @@ class RunFolder:
         )
 
     @classmethod
+    def taken_up(cls, resolved: Resolved, verb: str, mode: Mode) -> RunFolder | None:
+        """The run's folder where it exists already and is wanted, else None. A name in use fails here, as in `create`,
+        before a cluster is started."""
+        exists = (locate(resolved.recipe.storage) / resolved.recipe.name).exists()
+        if mode == "resume" or (mode == "fail" and exists):
+            return cls.create(resolved, verb, mode)
+        return None
+
+    @classmethod
     def _begin(cls, location: Location, resolved: Resolved, record: RunRecord) -> RunFolder:
         """Fill a fresh folder. Locally it appears whole, by one rename that only one of two processes can win."""
         if not location.is_local:

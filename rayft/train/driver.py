@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from rayft.config.recipe import Recipe
 from rayft.errors import RayftError, RunStopped
 from rayft.runs.folder import Mode, RunFolder
 from rayft.runs.storage import check_writable, locate
+from rayft.runtime.stopping import in_thread, stoppable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +87,7 @@ def fit(
     resolved = config.load(source, overrides)
     recipe = resolved.recipe
     check_writable(locate(recipe.storage))
-    folder = _taken_up(resolved, mode)
+    folder = RunFolder.taken_up(resolved, "train", mode)
     if folder is not None and folder.state == "finished":
         folder.release()
         return result_of(folder)
@@ -103,14 +103,6 @@ def fit(
         raise
     with folder:
         return _run(folder, prepared, answer, console, quiet, watcher)
-
-
-def _taken_up(resolved: config.Resolved, mode: Mode) -> RunFolder | None:
-    """The run's folder where it exists already and is wanted; a name in use fails here, before a cluster is started."""
-    exists = (locate(resolved.recipe.storage) / resolved.recipe.name).exists()
-    if mode == "resume" or (mode == "fail" and exists):
-        return RunFolder.create(resolved, "train", mode)
-    return None
 
 
 def _run(
@@ -135,8 +127,12 @@ def _run(
     job = prepared.job(folder, answer)
     progress = Progress(prepared.schedule.total_steps, console, quiet=quiet)
     try:
-        with _shown(progress, launcher), _stoppable(launcher), _followed(watcher, launcher, recipe):
-            facts = _in_thread(
+        with (
+            _shown(progress, launcher),
+            stoppable(lambda: launcher.recording.tell("request_stop")),
+            _followed(watcher, launcher, recipe),
+        ):
+            facts = in_thread(
                 lambda: run_to_end(launcher, folder, job, recipe.scale.max_failures, recipe.train.on_divergence)
             )
         folder.index_checkpoints()
@@ -217,47 +213,3 @@ def _followed(watcher: Watcher | None, launcher: Launcher, recipe: Recipe) -> It
         thread.join()
         if follower.error is not None:
             raise follower.error
-
-
-@contextmanager
-def _stoppable(launcher: Launcher) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the workers to save and end; the second one ends this process at once.
-
-    In a thread other than the main one (a notebook's, a sweep's) signals stay as they are.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask_to_stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        launcher.recording.tell("request_stop")
-
-    former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _in_thread(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Run in a thread and wait: Ray Train's own handler for Ctrl-C, which aborts without saving, is set only in the
-    main thread, and signals reach the main thread only while it waits in Python."""
-    outcome: list[Any] = []
-
-    def target() -> None:
-        try:
-            outcome.extend([work(), None])
-        except BaseException as error:
-            outcome.extend([None, error])
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result

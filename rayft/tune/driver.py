@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from rayft.config.recipe import Recipe
 from rayft.errors import RayftError, RunStopped, UsageError
 from rayft.runs.folder import Mode, RunFolder
 from rayft.runs.storage import check_writable, locate
+from rayft.runtime.stopping import in_thread, stoppable
 from rayft.tune.rows import TrialRow
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def search(
     resolved = config.load(source, overrides)
     recipe = resolved.recipe
     check_writable(locate(recipe.storage))
-    taken = _taken_up(resolved, mode)
+    taken = RunFolder.taken_up(resolved, "tune", mode)
     if taken is not None and taken.state == "finished":
         taken.release()
         return _result_of(taken)
@@ -106,14 +106,6 @@ def require_optuna() -> None:
         raise UsageError("R733", f"sweeps need {' and '.join(missing)}", "pip install 'rayft[tune]'")
 
 
-def _taken_up(resolved: config.Resolved, mode: Mode) -> RunFolder | None:
-    """The run's folder where it exists already and is wanted; a name in use fails here, before a cluster is started."""
-    exists = (locate(resolved.recipe.storage) / resolved.recipe.name).exists()
-    if mode == "resume" or (mode == "fail" and exists):
-        return RunFolder.create(resolved, "tune", mode)
-    return None
-
-
 def _run(
     folder: RunFolder, plan: Plan, *, resume: bool, dashboard: bool, console: Console | None, quiet: bool
 ) -> TuneResult:
@@ -133,8 +125,11 @@ def _run(
     display.say(f"{plan.chosen.mode}: {plan.chosen.reason}", "dim")
     shown = running(plan.tune, folder, display.say) if dashboard else nullcontext()
     try:
-        with shown, _displayed(display, owner), _stoppable(owner):
-            _while_mirrored(lambda: launch.run_lanes(plan, folder, owner, launch.trials_left(owner)), folder, owner)
+        with shown, _displayed(display, owner), stoppable(lambda: threading.Thread(target=owner.request_stop).start()):
+            in_thread(
+                lambda: launch.run_lanes(plan, folder, owner, launch.trials_left(owner)),
+                meanwhile=_mirror(folder, owner),
+            )
         rows = owner.rows()
         finish.mirror(folder, rows)
         if owner.stopping() and any(not row.ended for row in rows):
@@ -206,32 +201,23 @@ def _result_of(folder: RunFolder) -> TuneResult:
 # While it runs
 
 
-def _while_mirrored(work: Callable[[], None], folder: RunFolder, owner: Any) -> None:
-    """Work in a thread of its own, since Tune's handler for Ctrl-C loses trials and is set in the main thread only;
-    meanwhile every trial that ends is written into Ray Tune's experiment."""
+def _mirror(folder: RunFolder, owner: Any) -> Callable[[], None]:
+    """What keeps Ray Tune's experiment up to date when called now and then: each trial that has ended is in it."""
     from rayft.tune.finish import mirror
 
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
     ended, looked = -1, time.monotonic()
-    while thread.is_alive():
-        thread.join(timeout=0.2)
-        if time.monotonic() - looked > MIRROR_SECONDS:
-            looked = time.monotonic()
-            rows = owner.rows()
-            if sum(row.ended for row in rows) != ended:
-                ended = sum(row.ended for row in rows)
-                mirror(folder, rows)
-    if errors:
-        raise errors[0]
+
+    def look() -> None:
+        nonlocal ended, looked
+        if time.monotonic() - looked <= MIRROR_SECONDS:
+            return
+        looked = time.monotonic()
+        rows = owner.rows()
+        if sum(row.ended for row in rows) != ended:
+            ended = sum(row.ended for row in rows)
+            mirror(folder, rows)
+
+    return look
 
 
 @contextmanager
@@ -244,23 +230,3 @@ def _displayed(display: Any, owner: Any) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=10)
-
-
-@contextmanager
-def _stoppable(owner: Any) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the lanes to save and end; the second one ends this process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask_to_stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        threading.Thread(target=owner.request_stop).start()  # a signal's handler must not wait for an answer
-
-    former = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -15,6 +15,7 @@ from rayft.config.recipe import Recipe
 from rayft.data import Prepared
 from rayft.errors import UsageError
 from rayft.train.watch import Limits, Watch
+from rayft.train.worker import out_of_memory
 from rayft.tune.capacity import Capacity
 from rayft.tune.record import Proposal
 from rayft.tune.study import Ended
@@ -195,7 +196,7 @@ class Lane:
         try:
             reports = self.pack.step()
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             self._make_room(error)
             return
@@ -252,11 +253,3 @@ class Lane:
             self._end(held, "pruned")
         else:
             self._checkpoint(held)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocator, of a GPU or of the host, had no room."""
-    import torch
-
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text or "out of memory" in text.lower()

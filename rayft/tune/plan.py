@@ -105,7 +105,7 @@ def _shaped(recipe: Recipe, tune: Tune, chosen: Chosen) -> tuple[Recipe, int | t
     asked = recipe.scale.workers
     if asked == 0:
         return recipe, 0
-    per_trial: int | tuple[int, int] = 0 if asked in ("auto", 1) else asked  # type: ignore[assignment]
+    per_trial: int | tuple[int, int] = 0 if asked in ("auto", 1) else asked  # type: ignore[assignment]  # `in` narrows nothing
     if chosen.mode == "pack" or per_trial == 0:
         return _with_lanes(recipe, tune, one_per_node=chosen.mode == "pack"), 0
     least = per_trial if isinstance(per_trial, int) else per_trial[0]

@@ -170,7 +170,7 @@ def test_a_pack_and_stock_peft_do_the_same_work(bench: Any, tiny_model_folder: s
     rounds = [way(recipes, tiny_model_folder, bench.data) for way in (adapters.pack, adapters.sequential)]
     for _ in range(3):
         ours, theirs = (do_round() for do_round in rounds)
-        assert ours == pytest.approx(theirs, rel=0.01), "bf16, and adapters that start differently"
+        assert ours == pytest.approx(theirs, rel=1e-3), "bf16 on both sides"
         assert list(ours) == ["c0", "c3", "c4"]
 
 

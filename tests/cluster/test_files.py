@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from rayft.config import load
 
 ROOT = Path(__file__).parents[2]
-RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]  # type: ignore[index]
+RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)[1]  # type: ignore[index]  # it is there
 
 
 def read(name: str) -> Any:

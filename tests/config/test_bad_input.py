@@ -14,7 +14,7 @@ MINIMAL = {"model": {"base": "org/model"}, "data": {"train": "my.jsonl"}}
 
 def refusal(*overrides: str, source: object = MINIMAL) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        load(source, overrides)  # type: ignore[arg-type]
+        load(source, overrides)  # type: ignore[arg-type]  # bad on purpose
     assert caught.value.exit_code == 2
     return caught.value
 

@@ -207,7 +207,7 @@ def test_packing(make_tokenizer: Make, make_recipe: Make, orders: str, tmp_path:
     plain = prepare(make_recipe(**settings), tokenizer, cache)
     packed = prepare(make_recipe(**settings, packing=True), tokenizer, cache)
     for name in ("train", "validation"):
-        bins = packed.split(name)  # type: ignore[arg-type]
+        bins = packed.split(name)  # type: ignore[arg-type]  # a literal in a tuple
         assert bins is not None
         pieces = []
         for row in bins:
@@ -218,7 +218,7 @@ def test_packing(make_tokenizer: Make, make_recipe: Make, orders: str, tmp_path:
                 np.split(row["input_ids"], starts[1:]), np.split(row["loss_weights"], starts[1:]), strict=True
             ):
                 pieces.append((tuple(piece.tolist()), tuple(weights.tolist())))
-        examples = plain.split(name)  # type: ignore[arg-type]
+        examples = plain.split(name)  # type: ignore[arg-type]  # a literal in a tuple
         assert examples is not None
         assert sorted(pieces) == sorted(
             (tuple(r["input_ids"].tolist()), tuple(r["loss_weights"].tolist())) for r in examples
@@ -297,7 +297,7 @@ def test_leftover_of_a_dead_process_is_replaced(
 def _prepare_in_process(recipe: Any, tokenizer: Any, cache: str, start: Any, results: Any) -> None:
     built: list[str] = []
     read = ingest.read
-    ingest.read = lambda source: built.append(source.path) or read(source)  # type: ignore[func-returns-value]
+    ingest.read = lambda source: built.append(source.path) or read(source)  # type: ignore[func-returns-value]  # append, then read
     start.wait()
     prepared = prepare_function(recipe, tokenizer, cache)
     results.put((prepared.hash, len(Examples(f"{prepared.folder}/train.arrow")), len(built)))
