@@ -9,6 +9,8 @@ EXTRAS := dev,deepspeed,tune,eval
 # One thread per process: tests and workers share few cores, and results do not depend on the machine.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
+# Tests of one file, and all that share the Ray cluster, stay in one process (tests/conftest.py).
+IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help venv quickstart lint test test-fast test-slow test-gpu demo-kill bench clean
 
@@ -39,10 +41,10 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 test: lint
-	$(PYTEST) -m "not slow and not gpu" --slow-ledger=check $(ARGS)
+	$(PYTEST) $(IN_TWO) -m "not slow and not gpu" --slow-ledger=check $(ARGS)
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu and not ray and not smollm2" $(ARGS)
+	$(PYTEST) $(IN_TWO) -m "not slow and not gpu and not ray and not smollm2 and not long" $(ARGS)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu" --timeout=3600 --slow-ledger=record $(ARGS)

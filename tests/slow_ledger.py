@@ -32,6 +32,11 @@ class SlowLedger:
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         self.left_out += [item.nodeid for item in items if is_slow(item)]
 
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """With pytest-xdist only its workers collect; each of them all tests."""
+        self.left_out = node.workeroutput["left_out"]
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if self.mode != "record" or report.nodeid not in self.slow:
             return
@@ -49,6 +54,8 @@ class SlowLedger:
         return sorted(test for test in self.left_out if not self.entries.get(test, {}).get("passed"))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["left_out"] = self.left_out
         if self.mode == "check" and session.exitstatus == pytest.ExitCode.OK and self.never_passed():
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

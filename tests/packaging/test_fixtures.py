@@ -58,6 +58,7 @@ def test_slow_ledger_names_what_it_left_out_and_fails_until_it_has_passed(
         environment.setenv("MODE", "check")
         unproven = run_pytest(pytester, "-m", "not slow")
         assert unproven.returncode == 1 and "NEVER PASSED" in unproven.stdout and "test_long" in unproven.stdout
+        assert run_pytest(pytester, "-m", "not slow", "-n", "2").returncode == 1, "in two processes as well"
 
         environment.setenv("MODE", "record")
         environment.setenv("BROKEN", "1")
