@@ -91,6 +91,14 @@ class SchedulerArgs(Section):
     """Brackets with their own first rung. Default: 1 for asha, 3 for hyperband."""
     min_samples_required: int = Field(3, ge=1)
     """median: other trials that must have come as far before one is stopped."""
+    perturbation_interval: int | None = Field(None, ge=1)
+    """pbt: optimiser steps between two looks at a trial. Default: a tenth of its steps."""
+    quantile_fraction: float = Field(0.25, gt=0, le=0.5)
+    """pbt: so many of the best are cloned by as many of the worst."""
+    resample_probability: float = Field(0.25, ge=0, le=1)
+    """pbt: how often a cloned value is drawn anew instead of being multiplied by a factor."""
+    perturbation_factors: list[float] = Field([1.2, 0.8], min_length=1)
+    """pbt: a cloned number is multiplied by one of them."""
 
 
 class Tune(Section):
@@ -109,9 +117,10 @@ class Tune(Section):
     """`mode` of each of `metrics`. Default: min."""
     search_alg: Literal["tpe", "gp", "cmaes", "nsga2", "qmc", "random", "grid"] = "tpe"
     """Optuna's sampler: TPE, Gaussian process, CMA-ES, NSGA-II, quasi Monte Carlo, random, or every point of a grid."""
-    scheduler: Literal["asha", "hyperband", "median", "none"] = "asha"
+    scheduler: Literal["asha", "hyperband", "median", "none", "pbt"] = "asha"
     """Ray Tune's early stopping: asynchronous halving with one bracket (asha) or several (hyperband), the median of
-    the others, or none."""
+    the others, or none. Or population-based training (pbt, classic mode): `num_samples` trials run to their end, and
+    weak ones go on with the weights of strong ones and other rates."""
     scheduler_args: SchedulerArgs = SchedulerArgs()
     execution: Literal["auto", "pack", "classic"] = "auto"
     """pack: many adapters in one step on one base. classic: each trial a training run of its own. `auto` packs where
@@ -176,9 +185,21 @@ class Tune(Section):
         if self.search_alg == "cmaes" and len(self.metrics) > 1:
             raise ValueError("cmaes has one objective; use tpe, gp, nsga2 or random with metrics")
         ages = self.scheduler_args
+        if self.scheduler == "pbt":
+            self._is_a_population()
         if ages.grace_period and ages.max_t and ages.grace_period > ages.max_t:
             raise ValueError("scheduler_args.grace_period lies above scheduler_args.max_t")
         return self
+
+    def _is_a_population(self) -> None:
+        if len(self.metrics) > 1:
+            raise ValueError("pbt compares by one metric; several metrics need scheduler: none")
+        if self.scheduler_args.time_attr != "step":
+            raise ValueError("pbt counts in optimiser steps: leave scheduler_args.time_attr at step")
+        if self.num_samples < 2:
+            raise ValueError("pbt is a population of num_samples trials, and 1 is none")
+        if self.repeats:
+            raise ValueError("what pbt finds is a schedule, not one recipe, so repeats cannot train it again")
 
 
 def ask_order(space: Mapping[str, Distribution]) -> list[str]:

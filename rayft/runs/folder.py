@@ -258,6 +258,14 @@ class RunFolder:
         """Step -> folder of every complete checkpoint, in the order of steps; of two of one step the later one."""
         return {step: str(folder) for step, folder in checkpoints.complete(self.location)}
 
+    def adopt(self, checkpoint: str) -> None:
+        """Copy a checkpoint of another run in: this one goes on from there."""
+        source = locate(checkpoint)
+        target = self.location / CHECKPOINTS
+        target.make_folder()
+        source.copy_to(target / source.name)
+        self.index_checkpoints()
+
     def index_checkpoints(self) -> dict[int, str]:
         """Write ``checkpoints/steps.json`` (step -> folder name) anew. A run set aside is deleted at the first one."""
         found = self.checkpoints()

@@ -67,6 +67,16 @@ class Watcher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Clone:
+    """Weights, optimiser and step of another run, from which a new one goes on with rates and decay of its own."""
+
+    checkpoint: str
+    """Its folder, or URI."""
+    parent: str
+    """What the new run's record says of where it comes from."""
+
+
 def fit(
     source: str | Path | Mapping[str, Any] | Recipe | None = None,
     overrides: Sequence[str] = (),
@@ -76,13 +86,15 @@ def fit(
     console: Console | None = None,
     quiet: bool = False,
     watcher: Watcher | None = None,
+    clone: Clone | None = None,
 ) -> TrainResult:
     """Train what a recipe says and leave a run.
 
     source: YAML file, run folder, plain data or Recipe; overrides: `section.key=value`. mode: what to do when the run's
     name is in use (fail, resume, overwrite, new). answer: import path of the function that generates at evaluations, or
-    None. watcher: hears of evaluations and may end the run. Raises UsageError before anything starts when the user can
-    fix it, RunFailed when the run could not end, and RunStopped when it was asked to stop and has saved.
+    None. watcher: hears of evaluations and may end the run. clone: where a new run goes on from. Raises UsageError
+    before anything starts when the user can fix it, RunFailed when the run could not end, and RunStopped when it was
+    asked to stop and has saved.
     """
     resolved = config.load(source, overrides)
     recipe = resolved.recipe
@@ -96,7 +108,10 @@ def fit(
 
     try:
         prepared = prepare(recipe)
-        folder = folder or RunFolder.create(resolved, "train", mode)
+        if folder is None:
+            folder = RunFolder.create(resolved, "train", mode, parent=clone.parent if clone else None)
+            if clone is not None:
+                folder.adopt(clone.checkpoint)
     except BaseException:
         if folder is not None:
             folder.finish("stopped")  # nothing was lost: it can be resumed as before

@@ -99,19 +99,24 @@ class RayftTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        self._set_peak_rates(scheduler)
+        if hasattr(scheduler, "base_lrs"):
+            self._peak_rates = [rate * self.learning_rate_scale for rate in scheduler.base_lrs]
+            self._set_peak_rates(scheduler)
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        optimizer = self.optimizer
+        decays = [group["weight_decay"] for group in optimizer.param_groups] if optimizer is not None else []
         super()._load_optimizer_and_scheduler(checkpoint)
         self._set_peak_rates(self.lr_scheduler)
+        for group, decay in zip(self.optimizer.param_groups, decays, strict=False):
+            group["weight_decay"] = decay
 
     def _set_peak_rates(self, scheduler: Any) -> None:
-        """After a rollback the peak rates are scaled, also where a checkpoint brings those of an earlier attempt."""
-        if self.learning_rate_scale == 1.0:
+        """The recipe's peak rates, scaled after a rollback, also where a checkpoint brings others: those of an earlier
+        attempt, or of the run that this one has cloned."""
+        if self._peak_rates is None or scheduler.base_lrs == self._peak_rates:
             return
-        if self._peak_rates is None:
-            self._peak_rates = [rate * self.learning_rate_scale for rate in scheduler.base_lrs]
         scheduler.base_lrs = list(self._peak_rates)
         scheduler._last_lr = scheduler.get_lr()
         for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):

@@ -137,6 +137,7 @@ def _run(
         best = finish.best_of(rows, plan)
         recipe = finish.best_recipe(folder, plan, best)
         kind = finish.keep_weights(folder, best)
+        finish.remove_checkpoints(folder, rows)
         repeats = _repeat(folder, plan, rows) if plan.tune.repeats else []
         finish.report(folder, plan, rows, recipe, owner=owner, seconds=seconds(), repeats=repeats)
     except RayftError:

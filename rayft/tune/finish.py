@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rayft import config
 from rayft.config.recipe import Recipe
 from rayft.errors import RunFailed
-from rayft.runs.folder import RunFolder
+from rayft.runs.folder import CHECKPOINTS, RunFolder
 from rayft.runs.storage import is_committed, locate
 from rayft.tune import experiment
 from rayft.tune.objective import Objective, winners
@@ -60,7 +60,10 @@ def best_recipe(folder: RunFolder, plan: Plan, best: TrialRow) -> Recipe:
     """The winner's recipe under a name of its own; written as best.yaml."""
     plain = plan.space.recipe(best.values).model_dump(mode="json", exclude={"tune"})
     resolved = config.load(plain | {"name": f"{folder.name}-best"})
-    folder.write_file(BEST, f"# Trial {best.number} of the sweep {folder.name}.\n{resolved.to_yaml()}")
+    heading = f"# Trial {best.number} of the sweep {folder.name}."
+    if "taken_over" in best.facts:
+        heading += "\n# The last values of a schedule: trial by trial, report.md says what it took over and when."
+    folder.write_file(BEST, f"{heading}\n{resolved.to_yaml()}")
     return resolved.recipe
 
 
@@ -72,6 +75,12 @@ def keep_weights(folder: RunFolder, best: TrialRow) -> Literal["adapter", "model
         (trial / kind).copy_to(locate(target))
         (target / ".complete").unlink(missing_ok=True)
     return kind
+
+
+def remove_checkpoints(folder: RunFolder, rows: Sequence[TrialRow]) -> None:
+    """Those of a population, whose trials have kept them for each other."""
+    for row in rows:
+        (folder.location / "trials" / str(row.number) / CHECKPOINTS).remove()
 
 
 def report(

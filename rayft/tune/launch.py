@@ -70,7 +70,7 @@ def run_lanes(plan: Plan, folder: RunFolder, owner: Any, trials: int) -> None:
     """
     job = _job(plan, folder)
     if plan.prepared.placement is not None:
-        _on_ray(plan, folder, owner, job, plan.lanes if isinstance(job, LaneJob) else trials)
+        _on_ray(plan, folder, owner, job, plan.lanes if isinstance(job, LaneJob) or job.interval else trials)
     elif isinstance(job, LaneJob):
         run_lane(job, "lane-0", owner)
     else:
@@ -83,7 +83,7 @@ def _job(plan: Plan, folder: RunFolder) -> LaneJob | ClassicJob:
     cpus = placement.cpus_per_worker if placement is not None else max(1, (os.cpu_count() or 2) - 1)
     if plan.chosen.mode == "classic":
         generated = bool(plan.recipe.evaluate.metrics)
-        return ClassicJob(folder.path, prepared.device, plan.workers, cpus, generated)
+        return ClassicJob(folder.path, prepared.device, plan.workers, cpus, generated, plan.interval)
     return LaneJob(
         recipe=plan.space.recipe({}).model_dump(mode="json"),
         run=folder.path,

@@ -57,6 +57,8 @@ def check_metrics(recipe: Recipe, tune: Tune) -> None:
 
 def _obstacle(space: Space, recipe: Recipe, tune: Tune) -> str | None:
     """Why packs are not possible: for the recipe itself, for a point of the space, or for what is measured."""
+    if tune.scheduler == "pbt":
+        return "tune.scheduler pbt clones whole runs"
     generated = {label(name) for name in recipe.evaluate.metrics}
     for metric, _ in tune.objectives:
         if metric in generated:

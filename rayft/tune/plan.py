@@ -41,6 +41,8 @@ class Plan:
     first: list[Values] = field(default_factory=list)
     workers: int | tuple[int, int] = 0
     """classic: training processes per trial, 0 = in the trial's own process."""
+    interval: int | None = None
+    """pbt: optimiser steps between two looks at a trial."""
 
     @property
     def recipe(self) -> Recipe:
@@ -97,7 +99,8 @@ def make(resolved: Resolved) -> Plan:
     lanes = max(1, min(room, int(limit)))
     most = min(MOST if tune.pack_size == "auto" else tune.pack_size, max(1, int(limit) // lanes))
     budget = _budget(prepared.schedule, recipe, tune)
-    return Plan(asked, decided, prepared, space, chosen, lanes, most, budget, first, workers)
+    interval = _interval(tune, space, budget)
+    return Plan(asked, decided, prepared, space, chosen, lanes, most, budget, first, workers, interval)
 
 
 def _shaped(recipe: Recipe, tune: Tune, chosen: Chosen) -> tuple[Recipe, int | tuple[int, int]]:
@@ -174,6 +177,16 @@ def _with(resolved: Resolved, space: Space, **model: Any) -> Resolved:
     plain["model"] = plain["model"] | model
     plain["tune"] = plain.get("tune", {}) | {"space": described}
     return config.load(plain)
+
+
+def _interval(tune: Tune, space: Space, budget: float) -> int | None:
+    """Raises UsageError R725 for a population whose space has nothing that may change during a run."""
+    if tune.scheduler != "pbt":
+        return None
+    from rayft.tune.population import interval_of, mutations
+
+    mutations(space.distributions)
+    return interval_of(tune, budget)
 
 
 def _budget(schedule: StepSchedule, recipe: Recipe, tune: Tune) -> float:

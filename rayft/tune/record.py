@@ -11,7 +11,17 @@ from rayft.config.recipe import Recipe
 from rayft.tune.rows import State, TrialRow
 from rayft.tune.space import Values
 
-Verdict = Literal["continue", "stop"]
+Verdict = Literal["continue", "stop", "leave"]
+"""leave: save and give the trial back, and ask for the next one."""
+
+
+@dataclass(frozen=True)
+class Exploit:
+    """A trial is to go on from the checkpoint that trial `donor` saved at `step`, with these values."""
+
+    donor: int
+    step: int
+    values: Values
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,8 @@ class Proposal:
     values: Values
     recipe: Recipe
     checkpoint: str | None = None
+    exploit: Exploit | None = None
+    """Whose weights it has taken over last."""
 
 
 @dataclass
@@ -44,6 +56,9 @@ class Record:
     facts: dict[str, Any] = field(default_factory=dict)
     losses: int = 0
     """How often its lane died under it."""
+    exploit: Exploit | None = None
+    turns: int = 0
+    """How often a lane has taken it."""
     seconds: float = 0.0
     since: float | None = None
     """When it was handed out, in seconds of the study's clock."""
@@ -69,6 +84,7 @@ class Record:
     def hold(self, lane: str, now: float) -> None:
         """A lane takes it over."""
         self.state, self.lane, self.since = "running", lane, now
+        self.turns += 1
 
     def release(self, state: State, now: float) -> None:
         """No lane has it any more."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from rayft.config.tune import Mode, Tune
+from rayft.tune.record import Exploit, Verdict
+from rayft.tune.space import Space, Values
+
+if TYPE_CHECKING:
+    from rayft.tune.population import Population
 
 HYPERBAND_BRACKETS = 3
 
@@ -22,6 +27,9 @@ class Rungs:
     budget: age (in `scheduler_args.time_attr`) at which a trial has run to its end, where `max_t` does not say it.
     The same reports in the same order give the same decisions, so a resumed study replays what it has recorded.
     """
+
+    waits_for_all = False
+    """Whether all trials begin before one of them goes on."""
 
     def __init__(self, tune: Tune, budget: float, seed: int) -> None:
         arguments = tune.scheduler_args
@@ -42,10 +50,17 @@ class Rungs:
         count = math.floor(math.log(self.max_t / self.grace_period) / math.log(self.factor) + 1e-9) + 1
         return [self.grace_period * self.factor**k for k in range(count)]
 
-    def add(self, number: int) -> None:
+    def add(self, number: int, values: Values | None = None) -> None:
         trial = self._trials[number] = Trial("rayft", trial_id=str(number), stub=True)
         with _numpy_seeded(self._seed, number):  # several brackets: Ray draws one with numpy's global generator
             self.scheduler.on_trial_add(_CONTROLLER, trial)
+
+    def running(self, number: int) -> None: ...
+
+    def waiting(self, number: int) -> None: ...
+
+    def decide(self, number: int, result: Mapping[str, Any]) -> Verdict | Exploit:
+        return "stop" if self.stops(number, result) else "continue"
 
     def stops(self, number: int, result: Mapping[str, Any]) -> bool:
         """Whether the trial is to end now. `result` holds the metric and the age."""
@@ -79,6 +94,15 @@ class Rungs:
             least = tune.scheduler_args.min_samples_required
             return MedianStoppingRule(**common, grace_period=self.grace_period, min_samples_required=least)
         return FIFOScheduler()
+
+
+def scheduler_of(tune: Tune, space: Space, budget: float, seed: int) -> Rungs | Population:
+    """What decides after each evaluation; budget: age of a trial at its end."""
+    if tune.scheduler != "pbt":
+        return Rungs(tune, budget, seed)
+    from rayft.tune.population import Population
+
+    return Population(tune, space.distributions, budget, seed)
 
 
 class _Controller:

@@ -253,6 +253,16 @@ def _contains(item: Distribution, value: Any) -> bool:
     return lower <= value < upper if item.kind.endswith("randint") else lower <= value <= upper
 
 
+def nearest(item: Distribution, value: Any) -> Any:
+    """The value of a distribution that lies next to a number; choices stay as they are."""
+    if item.kind in ("choice", "grid_search"):
+        return value
+    lower, upper = item.values[:2]
+    if item.kind == "quniform":
+        return min(_listed(item), key=lambda step: abs(step - value))
+    return min(max(value, lower), upper - 1 if item.kind.endswith("randint") else upper)
+
+
 def described(space: Space) -> Iterator[tuple[str, str]]:
     """(path, distribution in one line), for people."""
     for path, item in space.distributions.items():

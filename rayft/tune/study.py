@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,9 @@ from rayft.config.tune import Tune
 from rayft.runs.metrics import MetricsLog
 from rayft.runs.storage import locate, lock
 from rayft.tune.books import STATES, Books
-from rayft.tune.record import Proposal, Record, Report, Verdict
+from rayft.tune.record import Exploit, Proposal, Record, Report, Verdict
 from rayft.tune.rows import TrialRow
-from rayft.tune.schedulers import Rungs
+from rayft.tune.schedulers import scheduler_of
 from rayft.tune.space import Space, Values
 
 LOG = "metrics.jsonl"
@@ -69,7 +70,7 @@ class Study:
         self._lock = lock(Path(folder) / LOCK, timeout=patience)
         try:
             seed = self.tune.seed if self.tune.seed is not None else recipe.seed
-            self._rungs = Rungs(self.tune, budget, seed)
+            self._scheduler = scheduler_of(self.tune, self.space, budget, seed)
             self._books = Books(self.tune, self.space, name or recipe.name, Path(folder), seed, resume=resume)
             self._log = MetricsLog(locate(log or Path(folder) / LOG), Path(folder))
             self._written = 0
@@ -91,18 +92,15 @@ class Study:
 
         Raises UsageError R721 when a hundred proposals in a row are no valid recipes.
         """
-        for record in self._records.values():
-            if record.state == "waiting" and record.losses > self._losses_allowed:
+        while self._scheduler.waits_for_all and self._has_room():
+            self._ask()
+        for record in self._waiting():
+            if record.losses > self._losses_allowed:
                 reason = f"its lane died {record.losses} times under it"
                 self.finish(record.number, "failed", {}, {"reason": reason})
-            elif record.state == "waiting":
+            else:
                 return self._hand_out(record, lane)
-        if len(self._records) >= self._limit or self._out_of_time():
-            return None
-        record = self._books.ask()
-        self._records[record.number] = record
-        self._rungs.add(record.number)
-        return self._hand_out(record, lane)
+        return self._hand_out(self._ask(), lane) if self._has_room() else None
 
     def begun(self, number: int, total_steps: int, **facts: Any) -> None:
         """What a lane knows once the trial is in place."""
@@ -116,7 +114,7 @@ class Study:
         record = self._records[number]
         known = next((report for report in record.reports if report.step == step), None)
         if known is not None:
-            return known.verdict
+            return "stop" if known.verdict == "stop" else "continue"  # it has left then
         scalars = {name: float(value) for name, value in metrics.items()}
         report = Report(step, scalars, "continue")
         record.reports.append(report)
@@ -143,7 +141,7 @@ class Study:
         if record.last:
             record.last.metrics |= scalars
         record.facts |= facts
-        if state == "pruned" and record.last and self._rungs.has_full_budget(self._age(record)):
+        if state == "pruned" and record.last and self._scheduler.has_full_budget(self._age(record)):
             state = "complete"
         missing = [metric for metric, _ in self.tune.objectives if record.objective(metric) is None]
         if state != "failed" and missing:
@@ -154,18 +152,18 @@ class Study:
         record.release(state, self._clock())
         self._write({"trial": number, "event": state, "trial_step": record.step, "facts": record.facts} | scalars)
         self._books.close(record)
-        self._rungs.ended(number, self._last_result(record))
+        self._scheduler.ended(number, self._last_result(record))
 
     def give_back(self, number: int) -> None:
         """A lane has no room for this trial: another one, or it itself later, goes on from the checkpoint."""
-        self._records[number].release("waiting", self._clock())
+        self._wait(self._records[number])
 
     def lost(self, lane: str) -> None:
         """The lane has died: what it trained waits for another one."""
         found = [record for record in self._records.values() if record.state == "running" and record.lane == lane]
         for record in found:
             record.losses += 1
-            record.release("waiting", self._clock())
+            self._wait(record)
         if found:
             numbers = ", ".join(str(record.number) for record in found)
             self.event(f"{lane} died; its trials ({numbers}) went on from their checkpoints")
@@ -209,7 +207,7 @@ class Study:
 
     def milestones(self) -> list[float]:
         """Steps at which lanes should evaluate, because a trial may be stopped there."""
-        return self._rungs.milestones() if self._rungs.time_attr == "step" else []
+        return self._scheduler.milestones() if self._scheduler.time_attr == "step" else []
 
     def close(self) -> None:
         """Let another process take the study up."""
@@ -218,30 +216,75 @@ class Study:
 
     # Within
 
+    def _has_room(self) -> bool:
+        return len(self._records) < self._limit and not self._out_of_time()
+
+    def _ask(self) -> Record:
+        record = self._books.ask()
+        self._add(record)
+        return record
+
+    def _add(self, record: Record) -> None:
+        self._records[record.number] = record
+        self._scheduler.add(record.number, record.values)
+
+    def _waiting(self) -> list[Record]:
+        """In the order in which they are handed out. A population keeps together: its youngest trial comes first, and
+        of two that are as old the one that had fewer turns: one that clones another must not keep it waiting."""
+        found = [record for record in self._records.values() if record.state == "waiting"]
+        return sorted(found, key=lambda record: (record.step, record.turns)) if self._scheduler.waits_for_all else found
+
     def _hand_out(self, record: Record, lane: str) -> Proposal:
         record.hold(lane, self._clock())
+        self._scheduler.running(record.number)
         checkpoint = record.checkpoint[0] if record.checkpoint else None
-        return Proposal(record.number, record.values, self.space.recipe(record.values), checkpoint)
+        return Proposal(record.number, record.values, self.space.recipe(record.values), checkpoint, record.exploit)
+
+    def _wait(self, record: Record) -> None:
+        record.release("waiting", self._clock())
+        self._scheduler.waiting(record.number)
 
     def _judge(self, record: Record) -> Verdict:
         assert record.last is not None
         value = record.last.metrics.get(self.tune.objectives[0][0])
         if value is not None and not math.isfinite(value):
             return "stop"
-        stops = self._rungs.stops(record.number, self._result(record))
-        return "stop" if stops or self._out_of_time() else "continue"
+        if self._out_of_time() and self._scheduler.waits_for_all:
+            return "stop"
+        verdict = self._decide(record)
+        return "stop" if self._out_of_time() else verdict
+
+    def _decide(self, record: Record) -> Verdict:
+        found = self._scheduler.decide(record.number, self._result(record))
+        if not isinstance(found, Exploit):
+            return found
+        donor = self._records[found.donor]
+        changed = [f"{path} {value:g}" for path, value in found.values.items() if value != donor.values.get(path)]
+        self.event(
+            f"trial {record.number} went on from trial {donor.number} at step {found.step}"
+            + (f" with {', '.join(changed)}" if changed else "")
+        )
+        record.values, record.exploit = found.values, found
+        # Its curve is now that of the weights that it has.
+        record.reports[:] = [
+            replace(report, verdict="continue") for report in donor.reports if report.step <= found.step
+        ]
+        told = {"donor": found.donor, "step": found.step, "values": found.values}
+        record.facts["taken_over"] = [*record.facts.get("taken_over", []), told]
+        return "leave"
 
     def _result(self, record: Record) -> dict[str, float]:
         """The last report as one of Tune's trials would give it."""
         assert record.last is not None
-        return {**record.last.metrics, "step": record.last.step, "training_iteration": len(record.reports)}
+        ages = {"step": record.last.step, "total_steps": record.total_steps, "training_iteration": len(record.reports)}
+        return {**record.last.metrics, **ages}
 
     def _last_result(self, record: Record) -> dict[str, float] | None:
         """What the rungs learn from a trial that has ended: nothing from a failed one."""
         return self._result(record) if record.last and record.state != "failed" else None
 
     def _age(self, record: Record) -> float:
-        return self._result(record).get(self._rungs.time_attr, 0)
+        return self._result(record).get(self._scheduler.time_attr, 0)
 
     def _broken(self, record: Record) -> list[str]:
         """Names of the constraints that the trial breaks."""
@@ -258,8 +301,7 @@ class Study:
     def _rebuild(self) -> None:
         """What a former owner left: trials from Optuna, their reports and ends from the log, in the order of then."""
         for record in self._books.records():
-            self._records[record.number] = record
-            self._rungs.add(record.number)
+            self._add(record)
         for row in self._log.rows():
             self._written = row["step"]
             if (known := self._records.get(row["trial"])) is not None:
@@ -272,11 +314,12 @@ class Study:
         if row["event"] == "report":
             record.lane = row["lane"]
             record.reports.append(Report(row["trial_step"], scalars, "stop" if row["stop"] else "continue"))
-            if math.isfinite(scalars.get(self.tune.objectives[0][0], 0)):
-                self._rungs.stops(record.number, self._result(record))
+            by_time = row["stop"] and self._scheduler.waits_for_all  # nothing else stops a population
+            if math.isfinite(scalars.get(self.tune.objectives[0][0], 0)) and not by_time:
+                self._decide(record)
         elif row["event"] in STATES:
             if record.last:
                 record.last.metrics |= scalars
             record.state = row["event"]
             record.facts |= row["facts"]
-            self._rungs.ended(record.number, self._last_result(record))
+            self._scheduler.ended(record.number, self._last_result(record))

@@ -150,3 +150,19 @@ def test_classic_trials(recipe: Recipes, ray_cluster: str, workers: Any) -> None
     assert_counted_once(result.path, 2)
     here = search(sweep(recipe, "here", {"scale.workers": 0}, num_samples=2), quiet=True)
     same_curves(result.rows, here.rows)
+
+
+@pytest.mark.slow
+def test_a_population_of_runs(ray_cluster: str, recipe: Recipes) -> None:
+    """Two lanes, three trials that take turns; those that could not learn take the good one over."""
+    space = {"train.learning_rate": {"loguniform": [1e-7, 1e-2]}}
+    points = [{"train.learning_rate": rate} for rate in (1e-7, 2e-3, 1e-7)]
+    arguments = {"perturbation_interval": 100, "quantile_fraction": 0.34, "resample_probability": 0.0}
+    tune = {"space": space, "points_to_evaluate": points, "num_samples": 3, "scheduler_args": arguments, "lanes": 2}
+    steps = {"train.max_steps": 400, "data.validation": 0.25, "train.lr_scheduler_type": "constant"}
+    plain = recipe(name="population", tune=tune | {"scheduler": "pbt"}, **steps, **{"scale.workers": "auto"})
+    result = search(plain, quiet=True)
+    assert [(row.state, row.step) for row in result.rows] == [("complete", 400)] * 3
+    taken = [row.number for row in result.rows if "taken_over" in row.facts]
+    assert taken and all(result.rows[number].values["train.learning_rate"] > 1e-3 for number in taken)
+    assert len({row.lane for row in result.rows}) == 2
