@@ -174,6 +174,7 @@ def test_a_pack_and_stock_peft_do_the_same_work(bench: Any, tiny_model_folder: s
         assert list(ours) == ["c0", "c3", "c4"]
 
 
+@pytest.mark.slow
 def test_plain_ray_tune_steps_at_the_gate_and_reports_rayfts_loss(bench: Any, ray_cluster: str, tmp_path: Path) -> None:
     import arms
     import tune_peer

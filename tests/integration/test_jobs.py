@@ -111,6 +111,7 @@ def test_the_jobs_end_is_ours(client: Any, recipe: dict[str, Any]) -> None:
             jobs.submit(recipe, address=client.dashboard, entrypoint=("python", "-c", f"raise SystemExit({code})"))
 
 
+@pytest.mark.slow
 def test_rayft_submit_trains(two_nodes: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     command = [sys.executable, "-m", "rayft", "submit", "recipe.yaml", "--address", two_nodes.dashboard]

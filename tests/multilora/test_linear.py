@@ -167,6 +167,7 @@ def test_gradients_equal_those_of_each_adapter_alone(
                     torch.testing.assert_close(weights[slot][path][letter].grad, expected, **close)
 
 
+@pytest.mark.long
 def test_torch_compile_gives_the_same(tiny_model_folder: str, peft_model: Any) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model_folder).train()
     shared = attach(model)

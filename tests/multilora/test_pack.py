@@ -77,6 +77,7 @@ def first_gradients(pack: Pack, name: str) -> dict[str, torch.Tensor]:
     return {key: p.grad.clone() for key, p in pack.trials[name].parameters.items()}
 
 
+@pytest.mark.long
 def test_eight_different_trials_each_equal_stock_peft_alone(
     task: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +197,7 @@ def test_saved_adapters_load_in_stock_peft(task: Callable[..., Task], tmp_path: 
         assert pack.bank.adapter(slot).content_hash() == pack.bank.adapter(trial.slot).content_hash()
 
 
+@pytest.mark.long
 def test_two_hundred_joins_and_leaves_leave_memory_flat(task: Callable[..., Task]) -> None:
     one = task(**TRIALS["r1"])
     pack = open_pack(one)

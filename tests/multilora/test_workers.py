@@ -15,6 +15,8 @@ from tests.multilora.oracle import prepared
 from tests.train.conftest import Recipes
 from tests.train.curves import Curve, assert_same
 
+pytestmark = pytest.mark.long
+
 Tasks = dict[str, tuple[Recipe, Prepared]]
 
 

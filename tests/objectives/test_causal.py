@@ -200,6 +200,7 @@ def test_ddp_sees_every_parameter_once_also_without_weights(variant: str, one_pr
         assert_same(gradients_now, {name: weight * gradient for name, gradient in expected.items()})
 
 
+@pytest.mark.long
 def test_torch_compile_leaves_the_loss_alone() -> None:
     model = lora(causal_model())
     install(model, chunk_rows=4)

@@ -30,6 +30,7 @@ def run_pytest(pytester: pytest.Pytester, *arguments: str) -> subprocess.Complet
     return subprocess.run(command, cwd=pytester.path, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_slow_ledger_names_what_it_left_out_and_fails_until_it_has_passed(
     pytester: pytest.Pytester, tmp_path: Path
 ) -> None:

@@ -21,6 +21,8 @@ from tests.train.curves import assert_same, curve_of
 from tests.train.test_chaos import TWO, driver, wait_for
 from tests.train.test_faults import events, faulty, train  # noqa: F401 - faulty is a fixture
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def bucket(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -78,6 +80,7 @@ def test_stopped_on_one_machine_and_resumed_on_another(
     assert len((locate(bucket) / "interrupt-once" / "tensorboard").children()) == 2, "one file of each machine"
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_resume_on_another_machine(
     ray_cluster: str, recipe: Recipes, bucket: str, another_machine: Callable[[], None], tmp_path: Path
 ) -> None:

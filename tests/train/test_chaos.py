@@ -106,7 +106,9 @@ def test_ctrl_c_of_a_cluster_run_saves(recipe: Recipes, ray_cluster: str, tmp_pa
     assert max(run.checkpoints()) == run.metrics()[-1]["step"]
 
 
-@pytest.mark.parametrize(("stage", "then"), [("zero2", 1), ("zero3", 1), ("zero2", 2)])
+@pytest.mark.parametrize(
+    ("stage", "then"), [("zero2", 1), ("zero3", 1), pytest.param("zero2", 2, marks=pytest.mark.slow)]
+)
 def test_zero_resumes_on_another_number_of_workers(
     faulty: Callable[..., Any], recipe: Recipes, ray_cluster: str, stage: str, then: int
 ) -> None:

@@ -16,6 +16,8 @@ from rayft.train import fit
 from tests.train.conftest import Recipes
 from tests.train.curves import Curve, assert_same, curve_of, plain_loop
 
+pytestmark = pytest.mark.long
+
 OPTIMIZERS = [{"train.optim": "sgd", "train.learning_rate": 0.05}, {"train.optim": "adamw_torch"}]
 FULL: dict[str, Any] = {"adapter": None}
 
@@ -62,6 +64,7 @@ def test_two_workers_agree_with_one(recipe: Recipes, ray_cluster: str, optimizer
     assert_same(trained(recipe(**optimizer, **{"scale.workers": 2, "train.micro_batch_size": 1})), one)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_agrees_too(recipe: Recipes, ray_cluster: str) -> None:
     sgd = OPTIMIZERS[0] | FULL
     one = trained(recipe(**sgd))
@@ -69,7 +72,9 @@ def test_full_fine_tuning_agrees_too(recipe: Recipes, ray_cluster: str) -> None:
     assert_same(trained(recipe(**sgd, **{"scale.workers": 2})), one)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", [OPTIMIZERS[0], pytest.param(OPTIMIZERS[1], marks=pytest.mark.slow)], ids=["sgd", "adamw"]
+)
 def test_gradual_unfreezing_with_two_workers_agrees_with_one(
     recipe: Recipes, ray_cluster: str, optimizer: dict[str, Any]
 ) -> None:
@@ -102,7 +107,7 @@ def test_packing_is_another_trajectory_with_the_same_tokens(recipe: Recipes) -> 
     assert_same(trained(packed | {"name": "again", "data": packed["data"] | {"padding_free": False}}), bins)
 
 
-@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3"])
 def test_zero_with_two_workers_agrees_with_one(recipe: Recipes, ray_cluster: str, strategy: str) -> None:
     one = trained(recipe())
     two = {"scale.workers": 2, "scale.strategy": strategy, "train.micro_batch_size": 2}

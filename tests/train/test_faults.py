@@ -16,6 +16,8 @@ from tests.train import faults
 from tests.train.conftest import Recipes
 from tests.train.curves import Curve, assert_same, curve_of
 
+pytestmark = pytest.mark.long
+
 Faulty = Callable[..., dict[str, Any]]
 
 

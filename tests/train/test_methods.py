@@ -16,6 +16,8 @@ from tests.train.conftest import Recipes
 from tests.train.curves import assert_same, curve_of
 from tests.train.test_faults import assert_identical, events
 
+pytestmark = pytest.mark.long
+
 PADDED = {"data.padding_free": False}
 FULL: dict[str, Any] = {"adapter": None, "train.learning_rate": 1e-3}
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,7 +86,7 @@ def test_nf4_evaluating_in_between_changes_nothing(recipe: Recipes) -> None:
     assert sum("validation_loss" in row for row in rows) == 10
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_nf4_on_two_workers(faulty: Callable[..., Any], ray_cluster: str, strategy: str) -> None:
     """The curve of one worker, also where it is interrupted and resumed half-way."""
     nf4 = {"model.quantization": "nf4"}

@@ -142,7 +142,7 @@ def test_ctrl_c_saves_and_resume_goes_on(recipe: Recipes, ray_cluster: str, tmp_
     assert_counted_once(str(run), 4, steps=60)
 
 
-@pytest.mark.parametrize("workers", ["auto", 2])
+@pytest.mark.parametrize("workers", ["auto", pytest.param(2, marks=pytest.mark.slow)])
 def test_classic_trials(recipe: Recipes, ray_cluster: str, workers: Any) -> None:
     changes = {"scale.workers": workers}
     tune = {"execution": "classic", "num_samples": 2}

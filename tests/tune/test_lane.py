@@ -68,6 +68,7 @@ def make(recipe: Recipes, tmp_path: Path) -> Make:
     return build
 
 
+@pytest.mark.long
 def test_trials_have_the_curves_of_rayft_train(make: Make, recipe: Recipes) -> None:
     study, lane, folder = make({"num_samples": 5, "scheduler": "none"})
     lane(size=3).run()

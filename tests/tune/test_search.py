@@ -19,6 +19,8 @@ from rayft.tune.study import Study
 from tests.train.conftest import Recipes
 from tests.tune.test_study import trials_of
 
+pytestmark = pytest.mark.long
+
 SPACE: dict[str, Any] = {"train.learning_rate": {"loguniform": [1e-4, 1e-3]}, "adapter.rank": {"choice": [2, 4]}}
 SMALL = {"train.max_steps": 6, "train.eval_steps": 2, "data.validation": 0.25}
 
