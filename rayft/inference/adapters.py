@@ -86,17 +86,17 @@ class AdapterTable:
             self._adapters[hash].holders -= 1
             self._settle(hash)
 
-    def acquire(self, hash: str) -> int | None:
-        """The slot of an adapter, loaded if need be, until it is released as often as acquired.
+    def available(self, hash: str) -> bool:
+        """Whether `acquire` would do: it is in a slot, or one is free or held by an adapter that is not in use."""
+        return self._adapters[hash].slot is not None or len(self.loaded) < self.max_loras or bool(self._idle)
 
-        None where every slot is in use or pinned.
-        """
+    def acquire(self, hash: str) -> int:
+        """The slot of an available adapter, loaded if need be, until it is released as often as acquired."""
         adapter = self._adapters[hash]
-        if adapter.slot is None and not self._load(adapter):
-            return None
+        slot = self._load(adapter) if adapter.slot is None else adapter.slot
         self._idle.pop(hash, None)
         adapter.users += 1
-        return adapter.slot
+        return slot
 
     def release(self, hash: str) -> None:
         self._adapters[hash].users -= 1
@@ -108,8 +108,10 @@ class AdapterTable:
     def pin(self, hash: str, pinned: bool = True) -> None:
         """Keep an adapter in its slot, used or not. Raises UsageError R816 where no slot is free for it."""
         adapter = self._adapters[hash]
-        if pinned and adapter.slot is None and not self._load(adapter):
+        if pinned and not self.available(hash):
             raise UsageError("R816", f"all {self.max_loras} slots are pinned or in use", "raise max_loras or unpin one")
+        if pinned and adapter.slot is None:
+            self._load(adapter)
         adapter.pinned = pinned
         self._settle(hash)
 
@@ -121,14 +123,12 @@ class AdapterTable:
             self._names = {name: known for name, known in self._names.items() if known != hash}
             self._settle(hash)
 
-    def _load(self, adapter: _Adapter) -> bool:
+    def _load(self, adapter: _Adapter) -> int:
         if len(self.loaded) >= self.max_loras:
-            if not self._idle:
-                return False
             self._unload(self._adapters[self._idle.popitem(last=False)[0]])
         tensors = {name: tensor.to(self.dtype) for name, tensor in adapter.state.tensors.items()}
         adapter.slot = self.bank.load(replace(adapter.state, tensors=tensors))
-        return True
+        return adapter.slot
 
     def _unload(self, adapter: _Adapter) -> None:
         assert adapter.slot is not None

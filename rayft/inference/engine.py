@@ -100,14 +100,14 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, send: Callable[[TokenEvent], None], mask: TokenMask | None = None) -> None:
+    def add(self, request: Request, send: Callable[[TokenEvent], object], mask: TokenMask | None = None) -> None:
         """Take a request. ``send`` is called with each of its events, in the thread that steps, and must not block.
 
         Raises:
             UsageError: R811 (a value out of range), R812 (too long), R815 (unknown adapter).
             Overloaded: R813, too much is waiting.
         """
-        self._check(request)
+        self.check(request)
         sampling = request.sampling
         endings = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.end_ids)
         chooser = Chooser(sampling, request.prompt, endings, mask)
@@ -115,7 +115,7 @@ class Engine:
         with self._books:
             if request.id in self._flights:
                 raise UsageError("R811", f"a request with the id {request.id} is in flight")
-            if self.queued_tokens > self.settings.max_queued_tokens:
+            if not self.has_room:
                 raise Overloaded("R813", f"{self.queued_tokens} tokens of prompts are waiting", "try again later")
             adapter = None if request.adapter is None else self.adapters.hold(request.adapter)
             flight = Flight(request, adapter, chooser, text, endings, send, self.clock())
@@ -136,6 +136,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether a step would do something."""
         return bool(self._inbox or self.scheduler.running or len(self.scheduler.queue))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a request would be taken now, as far as its place in the queue goes."""
+        return self.queued_tokens <= self.settings.max_queued_tokens
 
     @property
     def queued_tokens(self) -> int:
@@ -161,7 +166,10 @@ class Engine:
             for flight in [*self.scheduler.running, *self.scheduler.queue]:
                 self._end(flight, "error", error=error)
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Whether a request could be answered, were there nothing else. Raises UsageError R811, R812 or R815."""
+        if request.adapter is not None:
+            self.adapters.known(request.adapter)
         length = len(request.prompt) + request.sampling.max_new_tokens
         if length > self.max_model_len:
             limit = f"the limit is {self.max_model_len}"

@@ -1,23 +1,27 @@
-"""Waiting requests, shared out fairly among flows: deficit round robin (Shreedhar and Varghese, SIGCOMM 1995)."""
+"""Waiting requests, shared out fairly among flows: start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
+
+Every flow has a time of its own, which goes on by the cost of each request that it sends; whose time is earliest goes
+next. A flow that was away comes back at the time of who goes, so that it is neither paid nor punished for its absence.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Container, Iterator
 
 from rayft.inference.flight import Flight, Flow
-
-QUANTUM = 512
-"""Tokens that a flow earns per round."""
 
 
 class _Level:
     """The flows of one priority."""
 
     def __init__(self) -> None:
-        self.flows: OrderedDict[Flow, deque[Flight]] = OrderedDict()
-        """In the order of the round; each has at least one request."""
-        self.credit: dict[Flow, int] = {}
+        self.waiting: dict[Flow, deque[Flight]] = {}
+        """Each has at least one request."""
+        self.time: dict[Flow, int] = {}
+        """In tokens. Flows that were emptied stay until the others have caught up with them."""
+        self.now = 0
+        """The time of the flow that went last."""
 
 
 class FairQueue:
@@ -30,20 +34,21 @@ class FairQueue:
         """Of all prompts that wait."""
 
     def __len__(self) -> int:
-        return sum(len(waiting) for level in self._levels.values() for waiting in level.flows.values())
+        return sum(len(waiting) for level in self._levels.values() for waiting in level.waiting.values())
 
     def __iter__(self) -> Iterator[Flight]:
-        return (flight for level in self._levels.values() for waiting in level.flows.values() for flight in waiting)
+        return (flight for level in self._levels.values() for waiting in level.waiting.values() for flight in waiting)
 
     def heads(self) -> list[Flight]:
         """The next request of each flow and priority."""
-        return [waiting[0] for level in self._levels.values() for waiting in level.flows.values()]
+        return [waiting[0] for level in self._levels.values() for waiting in level.waiting.values()]
 
     def push(self, flight: Flight, *, first: bool = False) -> None:
         """At the end of its flow, or before the others of its flow."""
         level = self._levels.setdefault(flight.request.priority, _Level())
-        waiting = level.flows.setdefault(flight.flow, deque())
-        level.credit.setdefault(flight.flow, 0)
+        waiting = level.waiting.setdefault(flight.flow, deque())
+        if not waiting:
+            level.time[flight.flow] = max(level.time.get(flight.flow, 0), level.now)
         (waiting.appendleft if first else waiting.append)(flight)
         self.tokens += len(flight.tokens)
 
@@ -51,28 +56,23 @@ class FairQueue:
         """Whose turn it is, among the flows that are not passed over; it stays in the queue."""
         for priority in sorted(self._levels):
             level = self._levels[priority]
-            if all(flow in passed_over for flow in level.flows):
-                continue
-            while True:
-                flow, waiting = next(iter(level.flows.items()))
-                if flow not in passed_over:
-                    if level.credit[flow] >= waiting[0].cost:
-                        return waiting[0]
-                    level.credit[flow] += QUANTUM
-                level.flows.move_to_end(flow)
+            flows = [flow for flow in level.waiting if flow not in passed_over]
+            if flows:
+                return level.waiting[min(flows, key=level.time.__getitem__)][0]
         return None
 
     def charge(self, flight: Flight) -> None:
         """Take a request out of the queue and let its flow pay for it."""
-        self._levels[flight.request.priority].credit[flight.flow] -= flight.cost
+        level = self._levels[flight.request.priority]
+        level.now = max(level.now, level.time[flight.flow])
+        level.time[flight.flow] += flight.cost
         self.remove(flight)
 
     def remove(self, flight: Flight) -> None:
         level = self._levels[flight.request.priority]
-        waiting = level.flows[flight.flow]
+        waiting = level.waiting[flight.flow]
         waiting.remove(flight)
         self.tokens -= len(flight.tokens)
-        if not waiting:  # who has nothing to send saves nothing up
-            del level.flows[flight.flow], level.credit[flight.flow]
-        if not level.flows:
-            del self._levels[flight.request.priority]
+        if not waiting:
+            del level.waiting[flight.flow]
+            level.time = {flow: at for flow, at in level.time.items() if flow in level.waiting or at > level.now}

@@ -26,7 +26,7 @@ class Flight:
     text: TextStream
     end_ids: frozenset[int]
     """Tokens that end the answer."""
-    send: Callable[[TokenEvent], None]
+    send: Callable[[TokenEvent], object]
     waiting_since: float
     tokens: list[int] = field(init=False)
     """Prompt and answer."""

@@ -160,25 +160,20 @@ class Scheduler:
 
     def _enter(self, flight: Flight, now: float) -> Short | None:
         """Let a waiting request run; what is short, where it cannot."""
+        if flight.adapter is not None and not self.adapters.available(flight.adapter):
+            return "slots"
         if len(self.running) >= self.settings.max_num_seqs:
             return "rows"
         if self._full:
             return "cache"
-        slot = BASE
-        if flight.adapter is not None:
-            acquired = self.adapters.acquire(flight.adapter)
-            if acquired is None:
-                return "slots"
-            slot = acquired
         slab = self.cache.open(len(flight.tokens))
         if slab is None:
-            if flight.adapter is not None:
-                self.adapters.release(flight.adapter)
             return "cache"
         self.queue.charge(flight)
         self._entered += 1
-        flight.slab, flight.slot, flight.admitted, flight.number = slab, slot, now, self._entered
+        flight.slab, flight.admitted, flight.number = slab, now, self._entered
         if flight.adapter is not None:
+            flight.slot = self.adapters.acquire(flight.adapter)
             self._in_use_since.setdefault(flight.adapter, now)
         if self.prefix is not None:
             self.prefix.restore(self._hashes(flight, len(flight.tokens) - 1), slab)

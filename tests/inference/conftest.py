@@ -33,11 +33,14 @@ def base(tiny_model_folder: str) -> Any:
 
 @pytest.fixture
 def engine_with(base: Any, tokenizer: Any, peft: Reference) -> Any:
-    """``engine_with(clock=..., **settings) -> Engine`` that knows the adapters of `peft` by their names."""
+    """``engine_with(clock=..., **settings) -> Engine`` that knows the adapters of `peft` by their names. The one before
+    it cannot be used any more."""
     made: list[Engine] = []
 
     def make(clock: Callable[[], float] | None = None, **settings: Any) -> Engine:
         arguments = {"clock": clock} if clock else {}
+        if made:
+            made.pop().mlora.detach()
         engine = Engine(base, tokenizer, EngineSettings(**settings), **arguments)
         made.append(engine)
         for name, state in peft.states.items():
@@ -45,5 +48,5 @@ def engine_with(base: Any, tokenizer: Any, peft: Reference) -> Any:
         return engine
 
     yield make
-    for engine in reversed(made):
-        engine.mlora.detach()
+    if made:
+        made.pop().mlora.detach()
