@@ -67,7 +67,8 @@ def test_answers_are_those_of_generate(kind: str, tokenizer: Any) -> None:
         ids = torch.tensor([prompt])
         output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
         expected.append(output[0, len(prompt) :].tolist())
-    assert len({tuple(answer) for answer in expected}) == len(prompts)
+        assert model(ids).logits.isfinite().all()
+    assert len({tuple(answer) for answer in expected}) > len(prompts) / 2
     engine = Engine(model, tokenizer, EngineSettings(max_num_seqs=5, max_num_batched_tokens=16))
     answers = [ask(engine, Request(str(i), p, sampling=SamplingParams(12))) for i, p in enumerate(prompts)]
     finish(engine)
