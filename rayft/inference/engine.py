@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ from rayft.inference.settings import EngineSettings
 from rayft.inference.text import TextStream
 from rayft.multilora.bank import AdapterState, Bank
 from rayft.multilora.linear import attach
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it was made."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    """Of requests that ended, in whatever way; so are the next two. They are the sums of what `Usage` says."""
+    cached_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class Engine:
@@ -66,6 +78,7 @@ class Engine:
         self.mlora = attach(model)
         self.adapters = AdapterTable(Bank(self.mlora), settings.max_loras, next(iter(layers.values())).dtype)
         self.scheduler = Scheduler(settings, self.cache, self.prefix, self.adapters)
+        self.counters = Counters()
         self._flights: dict[str, Flight] = {}
         self._inbox: deque[Flight | str] = deque()
         """What other threads ask for, until the next step: requests to add, ids to cancel."""
@@ -154,6 +167,7 @@ class Engine:
             shares = self.scheduler.schedule(self.clock())
             if not shares:
                 return
+            self.counters.steps += 1
             sampling = [share.flight for share in shares if share.samples]
             logits = self._forward(shares)
             for flight, choice in zip(sampling, choose(logits, [f.chooser for f in sampling]), strict=True):
@@ -239,5 +253,9 @@ class Engine:
             self.adapters.drop(flight.adapter)
         with self._books:
             del self._flights[flight.request.id]
+        usage = flight.usage
+        self.counters.prompt_tokens += usage.prompt_tokens
+        self.counters.cached_tokens += usage.cached_tokens
+        self.counters.completion_tokens += usage.completion_tokens
         token, logprob, top = (choice.token, choice.logprob, choice.top) if choice else (None, None, ())
-        flight.send(TokenEvent(flight.request.id, token, text, logprob, top, reason, flight.usage, error))
+        flight.send(TokenEvent(flight.request.id, token, text, logprob, top, reason, usage, error))

@@ -32,15 +32,22 @@ class EngineGenerator:
             Request(f"generate-{place}", tuple(prompt.ids), prompt.adapter, sampling=_params(sampling, place))
             for place, prompt in enumerate(prompts)
         ]
-        waiting = list(zip(requests, events, strict=True))[::-1]
         for request in requests:
             self.engine.check(request)
+        try:
+            self._run(requests, events)
+        except BaseException:
+            self.engine.fail("interrupted")
+            raise
+        return [_completion(answer, sampling) for answer in events]
+
+    def _run(self, requests: list[Request], events: list[list[TokenEvent]]) -> None:
+        waiting = list(zip(requests, events, strict=True))[::-1]
         while waiting or self.engine.busy:
             while waiting and self.engine.has_room:
                 request, answer = waiting.pop()
                 self.engine.add(request, answer.append)
             self.engine.step()
-        return [_completion(answer, sampling) for answer in events]
 
 
 def _params(sampling: Sampling, place: int) -> SamplingParams:

@@ -32,9 +32,10 @@ class FairQueue:
         self._levels: dict[int, _Level] = {}
         self.tokens = 0
         """Of all prompts that wait."""
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(waiting) for level in self._levels.values() for waiting in level.waiting.values())
+        return self._count
 
     def __iter__(self) -> Iterator[Flight]:
         return (flight for level in self._levels.values() for waiting in level.waiting.values() for flight in waiting)
@@ -51,6 +52,7 @@ class FairQueue:
             level.time[flight.flow] = max(level.time.get(flight.flow, 0), level.now)
         (waiting.appendleft if first else waiting.append)(flight)
         self.tokens += len(flight.tokens)
+        self._count += 1
 
     def next(self, passed_over: Container[Flow] = ()) -> Flight | None:
         """Whose turn it is, among the flows that are not passed over; it stays in the queue."""
@@ -73,6 +75,7 @@ class FairQueue:
         waiting = level.waiting[flight.flow]
         waiting.remove(flight)
         self.tokens -= len(flight.tokens)
+        self._count -= 1
         if not waiting:
             del level.waiting[flight.flow]
             level.time = {flow: at for flow, at in level.time.items() if flow in level.waiting or at > level.now}

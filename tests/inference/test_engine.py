@@ -113,6 +113,10 @@ def random_mix(engine: Engine, peft: Reference, tokenizer: Any, count: int) -> N
         engine.step()
     assert is_empty(engine)
     assert len(cancelled) > count // 50
+    usages = [answer.last.usage for answer in answers.values()]
+    assert engine.counters.completion_tokens == sum(len(answer.ids) for answer in answers.values())
+    assert engine.counters.prompt_tokens == sum(len(request.prompt) for request in requests)
+    assert engine.counters.cached_tokens == sum(usage.cached_tokens for usage in usages if usage)
     undecided = 0
     changed = {name: [0, 0] for name in RANKS}
     for request in sorted(requests, key=lambda r: r.adapter or ""):

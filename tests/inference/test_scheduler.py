@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from rayft.inference.engine import Engine
+from rayft.inference.fair_queue import FairQueue
+from rayft.inference.flight import Flight
 from rayft.inference.request import Request, SamplingParams, TokenEvent
 from tests.inference.oracle import Reference, judged, random_prompt
 from tests.inference.test_engine import Answer, ask, finish
@@ -160,3 +162,35 @@ def test_adapters_come_and_go_and_pins_stay(engine_with: Any, peft: Reference, t
     finish(engine)
     assert last.last.finish_reason == "length"
     assert hash not in engine.adapters.loaded
+
+
+def flight(flow: str, tokens: int) -> Flight:
+    asked = Request("any", (1,), sampling=SamplingParams(tokens - 1), tenant=flow)
+    nothing: Any = None
+    return Flight(asked, None, nothing, nothing, frozenset(), print, 0.0)
+
+
+def test_who_comes_late_neither_catches_up_nor_stands_back() -> None:
+    queue = FairQueue()
+    for _ in range(60):
+        queue.push(flight("early", 10))
+
+    def served(count: int) -> str:
+        order = ""
+        for _ in range(count):
+            head = queue.next()
+            assert head is not None
+            queue.charge(head)
+            order += head.request.tenant[0]
+        return order
+
+    assert served(20) == "e" * 20
+    for _ in range(40):
+        queue.push(flight("late", 20))
+    assert served(30).count("l") in (9, 10, 11)  # two of ten tokens for one of twenty
+    while (head := queue.next({("early", None)})) is not None:
+        queue.remove(head)
+    served(5)
+    queue.push(flight("late", 20))
+    assert "l" in served(3)
+    assert queue.tokens == len(queue)
