@@ -106,12 +106,19 @@ class AdapterTable:
         return self._adapters[hash].pinned
 
     def pin(self, hash: str, pinned: bool = True) -> None:
-        """Keep an adapter in its slot, used or not. Raises UsageError R816 where no slot is free for it."""
+        """Keep an adapter in its slot, used or not. One slot stays for those that are not pinned.
+
+        Raises:
+            UsageError: R816 where no slot is free for it.
+        """
         adapter = self._adapters[hash]
-        if pinned and not self.available(hash):
-            raise UsageError("R816", f"all {self.max_loras} slots are pinned or in use", "raise max_loras or unpin one")
-        if pinned and adapter.slot is None:
-            self._load(adapter)
+        if pinned and not adapter.pinned:
+            others = sum(other.pinned for other in self._adapters.values())
+            if others + 1 >= self.max_loras or not self.available(hash):
+                text = f"of {self.max_loras} slots {others} are pinned, and the others are in use or kept for others"
+                raise UsageError("R816", text, "raise max_loras or unpin an adapter")
+            if adapter.slot is None:
+                self._load(adapter)
         adapter.pinned = pinned
         self._settle(hash)
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from rayft.config.model import Model
 from rayft.errors import UsageError
 from rayft.inference.engine import Engine
 from rayft.inference.request import Request, SamplingParams
 from rayft.inference.settings import EngineSettings
-from tests.inference.oracle import judged, random_prompt
+from rayft.models.load import load_model, quantization_config
+from rayft.models.save import ADAPTER_WEIGHTS
+from tests.inference.oracle import Reference, judged, random_prompt
 from tests.inference.test_engine import ask, finish
 
 TINY = {
@@ -116,3 +123,32 @@ def test_bf16_answers_and_its_logits_are_close(tokenizer: Any) -> None:
     logits = model(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1].float()
     expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
     assert [event.logprob for event in answer.events] == pytest.approx(expected.tolist(), abs=0.3)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_base_with_adapters(
+    quantization: Any, tiny_model_folder: str, peft: Reference, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Stock PEFT on the same quantised weights. int8 rounds activations by the row, so neighbours change nothing."""
+    config = quantization_config(Model(base=tiny_model_folder, quantization=quantization), torch.float32)
+    base = load_model(tiny_model_folder, quantization=config)
+    stock = load_model(tiny_model_folder, quantization=config)
+    for model in (base, stock):
+        model.lm_head.weight.data.mul_(8)
+    state = peft.states["gina"]
+    state.config.save_pretrained(str(tmp_path))
+    save_file({name: tensor.contiguous() for name, tensor in state.tensors.items()}, tmp_path / ADAPTER_WEIGHTS)
+    adapted = PeftModel.from_pretrained(stock, str(tmp_path)).eval()
+    engine = Engine(base, tokenizer, EngineSettings(max_num_seqs=4, max_num_batched_tokens=32))
+    engine.register(tmp_path, "gina")
+    generator = torch.Generator().manual_seed(1)
+    prompts = [random_prompt(generator, len(tokenizer), 40) for _ in range(6)]
+    answers = [
+        ask(engine, Request(str(i), p, (None, "gina")[i % 2], sampling=SamplingParams(6)))
+        for i, p in enumerate(prompts)
+    ]
+    finish(engine)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        with torch.no_grad(), nullcontext() if i % 2 else adapted.disable_adapter():
+            logits = adapted(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
+        assert judged(answer.ids, logits).same

@@ -46,6 +46,31 @@ def test_many_iterators_at_once(engine_with: Any, peft: Reference) -> None:
     assert is_empty(engine)
 
 
+def test_a_name_changes_its_content_under_load_and_no_answer_mixes_versions(engine_with: Any, peft: Reference) -> None:
+    engine = engine_with(max_num_seqs=6, max_num_batched_tokens=32, max_loras=2)
+    versions = ("carl", "gina", "hugo")
+    prompt = tuple(range(3, 40))
+    asked: list[tuple[str, asyncio.Task[list[TokenEvent]]]] = []
+
+    async def main() -> None:
+        with Runner(engine) as runner:
+            for i in range(30):
+                version = versions[i % 3]
+                await asyncio.to_thread(engine.register, peft.states[version], "live")
+                for n in range(2):
+                    request = Request(f"{i} {n}", (*prompt, 50 + i), "live", sampling=SamplingParams(6))
+                    asked.append((version, asyncio.create_task(collect(runner, request))))
+                await asyncio.sleep(0)  # the tasks ask while the name stands for this version
+            await asyncio.gather(*(task for _, task in asked))
+
+    asyncio.run(main())
+    for version, task in asked:
+        ids = [event.token for event in task.result() if event.token is not None]
+        last = (*prompt, 50 + int(task.result()[0].id.split()[0]))
+        assert judged(ids, peft.logits(last, ids, version)).same
+    assert is_empty(engine)
+
+
 def test_the_event_loop_is_free_while_the_model_computes(engine_with: Any) -> None:
     engine = engine_with()
     step = engine.step

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 import torch
 
+from rayft.errors import UsageError
 from rayft.inference.engine import Engine
 from rayft.inference.fair_queue import FairQueue
 from rayft.inference.flight import Flight
@@ -154,11 +156,18 @@ def test_adapters_come_and_go_and_pins_stay(engine_with: Any, peft: Reference, t
         assert engine.adapters.known("anna") in engine.adapters.loaded
     for asked, answer in answers:
         assert judged(answer.ids, peft.logits(asked.prompt, answer.ids, asked.adapter)).same
+    with pytest.raises(UsageError, match="R816"):
+        engine.pin("bert")  # the last slot stays for all others
+    engine.pin("anna", pinned=False)
+    engine.pin("bert")
+    engine.pin("bert", pinned=False)
     last = ask(engine, request("last", "bert", 4))
     hash = engine.adapters.known("bert")
     engine.step()
     engine.forget("bert")
     assert hash in engine.adapters.loaded
+    with pytest.raises(UsageError, match="R815"):
+        ask(engine, request("too late", "bert", 4))
     finish(engine)
     assert last.last.finish_reason == "length"
     assert hash not in engine.adapters.loaded
