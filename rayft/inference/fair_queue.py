@@ -64,10 +64,10 @@ class FairQueue:
         return None
 
     def charge(self, flight: Flight) -> None:
-        """Take a request out of the queue and let its flow pay for it."""
+        """Take a request out of the queue and let its flow pay for it, the first time that it runs."""
         level = self._levels[flight.request.priority]
         level.now = max(level.now, level.time[flight.flow])
-        level.time[flight.flow] += flight.cost
+        level.time[flight.flow] += 0 if flight.number else flight.cost
         self.remove(flight)
 
     def remove(self, flight: Flight) -> None:

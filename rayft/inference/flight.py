@@ -36,7 +36,7 @@ class Flight:
     admitted: float = 0.0
     """When it last began to run."""
     number: int = 0
-    """Counts those that began to run."""
+    """Counts those that began to run; 0 = has not run yet."""
     turn: int = 0
     """The last step that computed a piece of its prompt."""
     cached_tokens: int | None = None

@@ -34,7 +34,7 @@ class Runner:
         self._thread.start()
 
     def stop(self) -> None:
-        """After the step that is running; requests in flight end with an error."""
+        """After the step that is running; requests in flight end with an error, later ones as cancelled."""
         self._stopping = True
         self._wake.set()
         self._thread.join()
@@ -49,7 +49,16 @@ class Runner:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self.engine.add(request, lambda event: loop.call_soon_threadsafe(events.put_nowait, event), mask)
+
+        def send(event: TokenEvent) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody listens any more, which must not disturb others
+                self.engine.cancel(request.id)
+
+        self.engine.add(request, send, mask)
+        if self._stopping:
+            self.engine.cancel(request.id)
         self._wake.set()
         return self._events(request.id, events)
 

@@ -148,3 +148,38 @@ def test_a_failing_step_ends_its_requests_and_not_the_runner(engine_with: Any) -
     assert [(event.finish_reason, event.error) for event in failed] == [("error", "RuntimeError: out of memory")]
     assert answered[-1].finish_reason is not None and answered[-1].error is None
     assert is_empty(engine)
+
+
+def test_a_closed_event_loop_disturbs_nobody(engine_with: Any) -> None:
+    engine = engine_with(enable_prefix_caching=False)
+    with Runner(engine) as runner:
+
+        async def ask_and_leave() -> None:
+            runner.submit(Request("left", (5,), sampling=SamplingParams(1500, ignore_eos=True)))
+
+        asyncio.run(ask_and_leave())
+
+        async def stay() -> list[TokenEvent]:
+            events = await collect(runner, Request("stays", (6,), sampling=SamplingParams(5, ignore_eos=True)))
+            await until_empty(engine)
+            return events
+
+        assert asyncio.run(stay())[-1].finish_reason == "length"
+        assert runner.error is None
+
+
+def test_after_the_end_nobody_waits_for_ever(engine_with: Any) -> None:
+    engine = engine_with()
+    endless = SamplingParams(1500, ignore_eos=True)
+
+    async def main() -> list[list[TokenEvent]]:
+        with Runner(engine) as runner:
+            before = asyncio.create_task(collect(runner, Request("before", (5,), sampling=endless)))
+            await asyncio.sleep(0.05)
+        after = collect(runner, Request("after", (5,), sampling=endless))
+        return [await asyncio.wait_for(before, 5), await asyncio.wait_for(after, 5)]
+
+    before, after = asyncio.run(main())
+    assert before[-1].finish_reason == "error" and before[-1].error == "the engine was stopped"
+    assert after[-1].finish_reason == "cancelled"
+    assert is_empty(engine)

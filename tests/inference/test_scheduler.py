@@ -203,3 +203,8 @@ def test_who_comes_late_neither_catches_up_nor_stands_back() -> None:
     queue.push(flight("late", 20))
     assert "l" in served(3)
     assert queue.tokens == len(queue)
+    again = flight("again", 1000)
+    again.number = 1  # was preempted: has paid
+    queue.push(again)
+    queue.push(flight("again", 10))
+    assert served(4).count("a") == 2
