@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -22,19 +22,22 @@ NAME = "rayft_ragged"
 """The `attn_implementation` that this module registers with transformers when it is imported."""
 
 
+class Layer(NamedTuple):
+    """How one layer attends."""
+
+    number: int
+    scale: float
+    """Multiplies the scores."""
+    window: int | None
+    """A token sees itself and ``window`` - 1 tokens before it; None = all."""
+    softcap: float | None
+    """Scores x become ``softcap * tanh(x / softcap)``, as in Gemma-2."""
+
+
 class Attending(Protocol):
     """What a model is called with as ``ragged=``."""
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [T, heads, D], key [T, kv heads, D], value [T, kv heads, Dv] -> [T, heads, Dv]."""
         ...
 
@@ -110,69 +113,41 @@ class Ragged:
     decodes: list[Decode]
     chunks: list[Chunk]
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def attend(self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Store the new keys and values, and let each token see those of its own request up to itself."""
-        outputs = [_decode(group, layer, query, key, value, scale, window, softcap) for group in self.decodes]
-        outputs += [_chunk(chunk, layer, query, key, value, scale, window, softcap) for chunk in self.chunks]
+        outputs = [_decode(group, layer, query, key, value) for group in self.decodes]
+        outputs += [_chunk(chunk, layer, query, key, value) for chunk in self.chunks]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _decode(
-    group: Decode,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
+def _decode(group: Decode, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     count, heads = len(group.positions), query.shape[1]
     own = slice(group.start, group.start + count)
-    keys, values = group.shelf.keys[layer][group.rows], group.shelf.values[layer][group.rows]
+    keys, values = group.shelf.keys[layer.number][group.rows], group.shelf.values[layer.number][group.rows]
     keys[group.row, :, group.index] = key[own]
     values[group.row, :, group.index] = value[own]
-    seen = slice(group.lowest(window), group.longest)
+    seen = slice(group.lowest(layer.window), group.longest)
     # The query heads that share a key-value head are its "length", so that nothing is repeated.
     tall = query[own].reshape(count, keys.shape[1], heads // keys.shape[1], -1)
-    output = _sdpa(tall, keys[:, :, seen], values[:, :, seen], group.mask(window), scale, softcap)
+    output = _sdpa(tall, keys[:, :, seen], values[:, :, seen], group.mask(layer.window), layer)
     return output.reshape(count, heads, -1)
 
 
-def _chunk(
-    chunk: Chunk,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
+def _chunk(chunk: Chunk, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     own = slice(chunk.start, chunk.start + chunk.length)
     end = chunk.past + chunk.length
     shelf, row = chunk.slab.shelf, chunk.slab.row
-    keys, values = shelf.keys[layer][row], shelf.values[layer][row]
+    keys, values = shelf.keys[layer.number][row], shelf.values[layer.number][row]
     keys[:, chunk.past : end] = key[own].transpose(0, 1)
     values[:, chunk.past : end] = value[own].transpose(0, 1)
-    seen = slice(chunk.lowest(window), end)
-    whole = chunk.past == 0 and (window is None or chunk.length <= window) and softcap is None
+    seen = slice(chunk.lowest(layer.window), end)
+    whole = chunk.past == 0 and (layer.window is None or chunk.length <= layer.window) and layer.softcap is None
     output = _sdpa(
         query[own].transpose(0, 1)[None],
         keys[None, :, seen],
         values[None, :, seen],
-        None if whole else chunk.mask(window),
-        scale,
-        softcap,
+        None if whole else chunk.mask(layer.window),
+        layer,
         causal=whole,
     )
     return output[0].transpose(0, 1)
@@ -183,20 +158,19 @@ def _sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
+    layer: Layer,
     *,
     causal: bool = False,
 ) -> torch.Tensor:
     """[B, heads, Q, D] over [B, kv heads, K, D] -> [B, heads, Q, Dv]; ``mask`` is true where a key is seen."""
-    if softcap is None:
+    if layer.softcap is None:
         shared = query.shape[1] != key.shape[1]
         return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=shared
+            query, key, value, attn_mask=mask, is_causal=causal, scale=layer.scale, enable_gqa=shared
         )
     repeats = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * scale
-    scores = torch.tanh(scores / softcap) * softcap
+    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * layer.scale
+    scores = torch.tanh(scores / layer.softcap) * layer.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value.repeat_interleave(repeats, 1)
@@ -208,17 +182,8 @@ class _Probe:
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        self.layers[layer] = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype)
+    def attend(self, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        self.layers[layer.number] = LayerShape(key.shape[1], key.shape[2], value.shape[2], key.dtype)
         return query.new_zeros(*query.shape[:2], value.shape[2])
 
 
@@ -281,17 +246,15 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """``query`` [1, heads, T, D], ``key`` and ``value`` [1, kv heads, T, D] -> [1, T, heads, D]."""
-    layer = getattr(module, "layer_idx", None)
-    if ragged is None or layer is None or s_aux is not None or position_bias is not None:
+    index = getattr(module, "layer_idx", None)
+    causal = getattr(module, "is_causal", True)
+    if ragged is None or index is None or not causal or s_aux is not None or position_bias is not None:
         raise UsageError("R814", f"the engine cannot run {type(module).__name__}: it wants more than plain attention")
     output = ragged.attend(
-        layer,
+        Layer(index, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap),
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window,
-        softcap,
     )
     return output[None], None
 

@@ -103,6 +103,7 @@ def test_windows_matter(tokenizer: Any) -> None:
     [
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}, "dynamic"),
         ("gpt_oss", {"num_local_experts": 2, "sliding_window": 8}, "more than plain attention"),
+        ("gemma3_text", {"sliding_window": 8, "use_bidirectional_attention": True}, "more than plain attention"),
         ("mamba2", {"num_heads": 4, "n_groups": 1, "expand": 1, "state_size": 8}, "layers"),
     ],
 )
