@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -42,21 +41,18 @@ class AdapterTable:
         self._changing = threading.Lock()
         """Requests take hold of adapters while a step runs."""
 
-    def register(self, source: AdapterState | str | Path, name: str | None = None) -> str:
-        """Make an adapter known, by its content hash (returned) and by ``name``.
+    def register(self, state: AdapterState, hash: str, name: str | None = None) -> None:
+        """Make an adapter known by its content hash and by ``name``.
 
         Raises:
-            UsageError: R801 (damaged), R802 (more than plain LoRA), R803 (of another base).
+            UsageError: R802 (more than plain LoRA), R803 (of another base).
         """
-        state = source if isinstance(source, AdapterState) else AdapterState.read(source)
-        hash = state.content_hash()
         if hash not in self._adapters:
             self.bank.unload(self.bank.load(state))
             self._adapters[hash] = _Adapter(state)
         self._adapters[hash].forgotten = False
         if name is not None:
             self._names[name] = hash
-        return hash
 
     def known(self, name: str) -> str:
         """The content hash that a name or a hash stands for now. Raises UsageError R815 for an unknown one."""

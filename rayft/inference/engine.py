@@ -92,14 +92,16 @@ class Engine:
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def register(self, source: AdapterState | str | Path, name: str | None = None) -> str:
-        """Make an adapter known; returns its content hash. Files are read before the engine pauses for it.
+        """Make an adapter known; returns its content hash. Reading and hashing do not hold up steps.
 
         Raises:
             UsageError: R801 (damaged), R802 (more than plain LoRA), R803 (of another base).
         """
         state = source if isinstance(source, AdapterState) else AdapterState.read(source)
+        hash = state.content_hash()
         with self._stepping:
-            return self.adapters.register(state, name)
+            self.adapters.register(state, hash, name)
+        return hash
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep an adapter on the device, used or not. Raises UsageError R815 (unknown), R816 (no slot is free)."""
