@@ -12,7 +12,7 @@ from rayft.errors import UsageError
 from rayft.inference.engine import Engine
 from rayft.inference.request import Overloaded, Request, SamplingParams, TokenEvent
 from tests.inference.conftest import RANKS
-from tests.inference.oracle import Reference, judged, random_prompt
+from tests.inference.oracle import Reference, judged, random_prompt, sharpened
 
 
 @dataclass
@@ -178,6 +178,26 @@ def test_strength_scales_the_adapter(engine_with: Any, peft: Reference, tokenize
             layer.scaling["emil"] *= 2
         different += half.ids not in (none.ids, full.ids)
     assert different > 2
+
+
+def test_adapters_compute_in_the_number_format_of_the_base(
+    tiny_model_folder: str, peft: Reference, tokenizer: Any
+) -> None:
+    engine = Engine(sharpened(tiny_model_folder).to(torch.bfloat16), tokenizer)
+    engine.register(peft.states["hugo"], "hugo")
+    prompt = random_prompt(torch.Generator().manual_seed(4), len(tokenizer), 60)
+    answer = ask(engine, Request("1", prompt, "hugo", sampling=SamplingParams(10, logprobs=True)))
+    finish(engine)
+    slot = engine.mlora.slots
+    assert len(slot) == 1
+    assert {t.dtype for t in engine.adapters.bank.state(*slot).values()} == {torch.bfloat16}
+
+    def distance(adapter: str | None) -> float:
+        expected = peft.logits(prompt, answer.ids, adapter).log_softmax(-1)
+        own = expected.gather(1, torch.tensor(answer.ids)[:, None])[:, 0]
+        return float((own - torch.tensor([event.logprob for event in answer.events])).abs().mean())
+
+    assert distance("hugo") < 0.3 < 1 < distance(None)
 
 
 def test_cancel_frees_everything_at_once(engine_with: Any, tokenizer: Any) -> None:
