@@ -39,7 +39,7 @@ class HFGenerator:
         weights = self.causal.get_input_embeddings().weight
         self.device = weights.device
         self.dtype = dtype or next((name for name, kind in DTYPES.items() if kind == weights.dtype), "fp32")
-        self.end_ids = _end_ids(self.causal, tokenizer)
+        self.end_ids = end_ids(self.causal, tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in the order of the prompts.
@@ -132,7 +132,7 @@ class HFGenerator:
             yield
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that end an answer: the tokenizer's, and those of the model's own configuration (Llama-3 has three)."""
     own = model.generation_config.eos_token_id
     ids = own if isinstance(own, list) else [own]
