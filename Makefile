@@ -9,7 +9,7 @@ EXTRAS := dev,deepspeed,tune,eval
 # One thread per process: tests and workers share few cores, and results do not depend on the machine.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
-# Tests of one file, and all that share the Ray cluster, stay in one process (tests/conftest.py).
+# One process runs all tests with Ray, the other one the rest (tests/conftest.py).
 IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: help venv quickstart lint test test-fast test-slow test-gpu demo-kill bench clean

@@ -48,16 +48,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share fixtures run in one process (`pytest -n 2 --dist loadgroup`), the largest groups first."""
+    """Of two processes (`pytest -n 2 --dist loadgroup`) one runs all tests with Ray, which fills most of two cores, and
+    the other one the rest, file by file."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-            group = "ray"
-        else:
-            group = "clusters" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
+        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    items.sort(key=lambda item: "ray_cluster" not in getattr(item, "fixturenames", ()))
     if any(item.get_closest_marker("gpu") for item in items):
         import torch
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from rayft.models import peft_config
 from rayft.multilora.route import Route, dropout_seed
-from rayft.multilora.schemes import SCHEMES, LoraWeights, cheapest
+from rayft.multilora.schemes import SCHEMES, LoraWeights, Together, cheapest
 
 
 @dataclass(frozen=True)
@@ -127,14 +127,17 @@ class _Layer:
         self.name, self.module, self.owner = name, module, owner
         self.shape: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]  # untyped
         self.weights: dict[int, LoraWeights] = {}
+        self._last: tuple[frozenset[int], Together] | None = None
         self.base = module.forward
         module.forward = self.forward
 
     def add(self, slot: int, weights: LoraWeights) -> None:
         self.weights[slot] = weights
+        self._last = None
 
     def remove(self, slot: int) -> None:
         self.weights.pop(slot, None)
+        self._last = None
 
     def detach(self) -> None:
         del self.module.forward
@@ -144,7 +147,7 @@ class _Layer:
         route = self.owner.current
         if route is None:
             return self.base(x)
-        weights = {slot: w for slot, w in self.weights.items() if slot in route.slots}
+        weights = self._of(route.slots)
         if not weights:
             return self.base(x)
         rows = x.reshape(-1, x.shape[-1])
@@ -154,6 +157,12 @@ class _Layer:
         scheme = self.owner.scheme if self.owner.scheme != "auto" else cheapest(weights, route, y)
         y = SCHEMES[scheme](self._dropped(rows, weights, route), y, weights, route)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _of(self, slots: frozenset[int]) -> Together:
+        """The adapters of these slots. The last answer is kept: one batch after the other mixes the same ones."""
+        if self._last is None or self._last[0] != slots:
+            self._last = slots, Together((slot, w) for slot, w in self.weights.items() if slot in slots)
+        return self._last[1]
 
     def _dropped(self, x: torch.Tensor, weights: Mapping[int, LoraWeights], route: Route) -> torch.Tensor:
         """``x`` [T, in] as the adapters read it: each drops elements of its own rows, as `torch.nn.Dropout` would."""

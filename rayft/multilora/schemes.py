@@ -7,7 +7,7 @@ this module owns come back as the base gave them. Matmuls are done in ``y``'s dt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -26,29 +26,44 @@ class LoraWeights(NamedTuple):
     scaling: float
 
 
-Weights = Mapping[int, LoraWeights]
-Scheme = Callable[[torch.Tensor, torch.Tensor, Weights, Route], torch.Tensor]
+class Together(dict[int, LoraWeights]):
+    """The adapters of one layer that a batch mixes, by slot."""
+
+    _stacked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def side_by_side(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, in] and B [out, R], R = the sum of the ranks. Adapters that are not trained are copied only once: a
+        server would copy them for every token."""
+        if torch.compiler.is_compiling():
+            return self._copied(dtype)
+        if self._stacked is None or self._stacked[0].dtype != dtype:
+            stacked = self._copied(dtype)
+            if any(w.A.requires_grad or w.B.requires_grad for w in self.values()):
+                return stacked
+            self._stacked = stacked
+        return self._stacked
+
+    def _copied(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        A = torch.cat([w.A for w in self.values()]).to(dtype)
+        B = torch.cat([w.B for w in self.values()], dim=1).to(dtype)
+        return A, B
 
 
-def masked(x: torch.Tensor, y: torch.Tensor, weights: Weights, route: Route) -> torch.Tensor:
+Scheme = Callable[[torch.Tensor, torch.Tensor, Together, Route], torch.Tensor]
+
+
+def masked(x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route) -> torch.Tensor:
     """All ranks side by side: every row meets every adapter, and a mask keeps what is its own.
 
     Two dense matmuls whatever the number of adapters and the order of the rows; wasted work grows with the sum of the
     ranks. The mask selects and does not multiply, so that an overflow in one adapter stays in its own rows.
     """
-    A, B = side_by_side(weights, y.dtype)
+    A, B = weights.side_by_side(y.dtype)
     ranks = tuple((slot, w.A.shape[0], w.scaling) for slot, w in weights.items())
     scale = route.remember(("scale", ranks, y.dtype), lambda: _scales(ranks, route).to(y.dtype))
     h = functional.linear(x.to(y.dtype), A)
     h = torch.where(scale != 0, h * scale, 0)
     return torch.addmm(y, h, B.t())
-
-
-def side_by_side(weights: Weights, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [R, in] and B [out, R], R = the sum of the ranks, of several adapters."""
-    A = torch.cat([w.A for w in weights.values()]).to(dtype)
-    B = torch.cat([w.B for w in weights.values()], dim=1).to(dtype)
-    return A, B
 
 
 def _scales(ranks: tuple[tuple[int, int, float], ...], route: Route) -> torch.Tensor:
@@ -60,7 +75,7 @@ def _scales(ranks: tuple[tuple[int, int, float], ...], route: Route) -> torch.Te
     return scales if route.strength is None else scales * route.strength[:, None]
 
 
-def segmented(x: torch.Tensor, y: torch.Tensor, weights: Weights, route: Route) -> torch.Tensor:
+def segmented(x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route) -> torch.Tensor:
     """Adapter by adapter on its own rows: no wasted work, but a few small matmuls per adapter."""
     if route.order is not None:
         x, y = x[route.order], y[route.order]
@@ -75,7 +90,7 @@ class _Segmented(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, y: torch.Tensor, weights: Weights, route: Route, *tensors: torch.Tensor
+        ctx: Any, x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route, *tensors: torch.Tensor
     ) -> torch.Tensor:
         ctx.mark_dirty(y)
         ctx.own = own = [s for s in route.segments if s.slot in weights]
@@ -117,7 +132,7 @@ def _scale(scaling: float, rows: slice, route: Route, dtype: torch.dtype) -> tor
     return (strength[rows, None] * scaling).to(dtype)
 
 
-def grouped(x: torch.Tensor, y: torch.Tensor, weights: Weights, route: Route) -> torch.Tensor:
+def grouped(x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route) -> torch.Tensor:
     """One grouped matmul over all adapters, ranks padded to the largest: for accelerators with such a kernel.
 
     ``torch.nn.functional.grouped_mm`` wants rows of a multiple of 16 bytes in every matrix.
@@ -148,7 +163,7 @@ SEGMENT_COST = {"cpu": 5e6, "cuda": 4e8}
 Measured on a CPU (one thread, 64 to 4096 rows, 8 and 32 adapters of rank 16 and 64); a guess on a GPU."""
 
 
-def cheapest(weights: Weights, route: Route, y: torch.Tensor) -> str:
+def cheapest(weights: Together, route: Route, y: torch.Tensor) -> str:
     """The scheme to take for this shape: the mask, unless the work it wastes costs more than separate segments.
 
     While torch.compile traces, always the mask: the others depend on the lengths of the segments.

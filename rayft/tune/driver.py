@@ -81,6 +81,7 @@ def search(
     resolved = config.load(source, overrides)
     recipe = resolved.recipe
     check_writable(locate(recipe.storage))
+    _check_study(recipe)
     taken = RunFolder.taken_up(resolved, "tune", mode)
     if taken is not None and taken.state == "finished":
         taken.release()
@@ -104,6 +105,17 @@ def require_optuna() -> None:
     missing = [name for name in ("optuna", "pandas") if find_spec(name) is None]
     if missing:
         raise UsageError("R733", f"sweeps need {' and '.join(missing)}", "pip install 'rayft[tune]'")
+
+
+def _check_study(recipe: Recipe) -> None:
+    """Raises UsageError R734 for a bucket and a study that is a file."""
+    tune = recipe.tune
+    if not locate(recipe.storage).is_local and not (tune and tune.study_storage):
+        raise UsageError(
+            "R734",
+            f"the study is a journal file by default, and the storage {recipe.storage} is a bucket, which has no files",
+            "tune.study_storage=postgresql://host/db keeps the study elsewhere; or take a folder as storage",
+        )
 
 
 def _run(
@@ -130,6 +142,7 @@ def _run(
                 lambda: launch.run_lanes(plan, folder, owner, launch.trials_left(owner)),
                 meanwhile=_mirror(folder, owner),
             )
+        owner.flush()
         rows = owner.rows()
         finish.mirror(folder, rows)
         if owner.stopping() and any(not row.ended for row in rows):
@@ -216,6 +229,7 @@ def _mirror(folder: RunFolder, owner: Any) -> Callable[[], None]:
         rows = owner.rows()
         if sum(row.ended for row in rows) != ended:
             ended = sum(row.ended for row in rows)
+            owner.flush()
             mirror(folder, rows)
 
     return look

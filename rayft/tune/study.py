@@ -209,9 +209,13 @@ class Study:
         """Steps at which lanes should evaluate, because a trial may be stopped there."""
         return self._scheduler.milestones() if self._scheduler.time_attr == "step" else []
 
+    def flush(self) -> None:
+        """Let others read the log, which goes to a bucket only now and then."""
+        self._log.flush()
+
     def close(self) -> None:
         """Let another process take the study up."""
-        self._log.flush()
+        self.flush()
         self._lock.release()
 
     # Within
