@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(SlowLedger(mode), "slow-ledger")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of two processes (`pytest -n 2 --dist loadgroup`) one runs all tests with Ray, which fills most of two cores, and
     the other one the rest, file by file."""

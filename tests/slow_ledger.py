@@ -27,10 +27,10 @@ class SlowLedger:
         self.slow: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        self.slow = {item.nodeid for item in items if is_slow(item)}
+        self.slow = {name_of(item) for item in items if is_slow(item)}
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
-        self.left_out += [item.nodeid for item in items if is_slow(item)]
+        self.left_out += [name_of(item) for item in items if is_slow(item)]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -73,6 +73,12 @@ class SlowLedger:
                 terminalreporter.line(f"passed at {passed['commit']} in {passed['seconds']} s  {test}")
         if missing:
             terminalreporter.line(f"{len(missing)} slow tests have never passed: run `make test-slow`", red=True)
+
+
+def name_of(item: pytest.Item) -> str:
+    """The test's id, without the group that pytest-xdist writes behind it."""
+    group = item.get_closest_marker("xdist_group")
+    return item.nodeid.removesuffix(f"@{group.args[0]}") if group else item.nodeid
 
 
 def is_slow(item: pytest.Item) -> bool:

@@ -52,6 +52,7 @@ def test_slow_ledger_names_what_it_left_out_and_fails_until_it_has_passed(
         import os, pytest
         def test_fast(): pass
         @pytest.mark.slow
+        @pytest.mark.xdist_group("some")
         def test_long(): assert os.environ.get("BROKEN") != "1"
         """
     )
@@ -73,5 +74,6 @@ def test_slow_ledger_names_what_it_left_out_and_fails_until_it_has_passed(
         (entry,) = json.loads(ledger.read_text()).values()
         assert entry["outcome"] == "passed" and entry["commit"] and entry["seconds"] >= 0
         environment.setenv("MODE", "check")
-        proven = run_pytest(pytester, "-m", "not slow")
-        assert proven.returncode == 0 and "passed at" in proven.stdout and "test_long" in proven.stdout
+        for processes in ([], ["-n", "2", "--dist", "loadgroup"]):
+            proven = run_pytest(pytester, "-m", "not slow", *processes)
+            assert proven.returncode == 0 and "passed at" in proven.stdout and "test_long" in proven.stdout
