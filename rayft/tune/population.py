@@ -5,12 +5,9 @@ Ray Tune's own `PopulationBasedTraining` decides; it sees stand-ins for Tune's t
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from ray import tune as ray_tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
@@ -18,6 +15,7 @@ from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 from rayft.config.tune import Distribution, Tune
 from rayft.errors import UsageError
 from rayft.tune.record import Exploit, Verdict
+from rayft.tune.schedulers import seeded
 from rayft.tune.space import Values, nearest
 
 MUTABLE = ("train.learning_rate", "train.weight_decay", "train.max_grad_norm", "adapter.dropout")
@@ -102,7 +100,7 @@ class Population:
             return "continue"
         trial = self._trials[number]
         self._looks += 1
-        with _seeded(self._seed, self._looks):
+        with seeded(self._seed, self._looks):
             decision = self._scheduler.on_trial_result(self._controller, trial, dict(result))
         found = self._scheduler.exploits.pop(trial, None)
         if found is not None:
@@ -145,20 +143,3 @@ class _Controller:
     @staticmethod
     def _schedule_trial_save(trial: Trial, result: Mapping[str, Any]) -> str:
         return f"{trial.trial_id}@{result['step']}"
-
-
-@contextmanager
-def _seeded(seed: int, look: int) -> Iterator[None]:
-    """Ray draws with the global generators."""
-    former: list[tuple[Callable[[Any], None], Any]] = [
-        (random.setstate, random.getstate()),
-        (np.random.set_state, np.random.get_state()),
-    ]
-    words = np.random.SeedSequence([seed, look]).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words)
-    try:
-        yield
-    finally:
-        for restore, state in former:
-            restore(state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ class Rungs:
 
     def add(self, number: int, values: Values | None = None) -> None:
         trial = self._trials[number] = Trial("rayft", trial_id=str(number), stub=True)
-        with _numpy_seeded(self._seed, number):  # several brackets: Ray draws one with numpy's global generator
+        with seeded(self._seed, number):  # of several brackets Ray draws one
             self.scheduler.on_trial_add(_CONTROLLER, trial)
 
     def running(self, number: int) -> None: ...
@@ -117,10 +118,17 @@ _CONTROLLER: Any = _Controller()
 
 
 @contextmanager
-def _numpy_seeded(seed: int, number: int) -> Iterator[None]:
-    former = np.random.get_state()
-    np.random.seed(np.random.SeedSequence([seed, number]).generate_state(4))
+def seeded(seed: int, number: int) -> Iterator[None]:
+    """Ray draws with the global generators; afterwards they are as before."""
+    former: list[tuple[Callable[[Any], None], Any]] = [
+        (random.setstate, random.getstate()),
+        (np.random.set_state, np.random.get_state()),
+    ]
+    words = np.random.SeedSequence([seed, number]).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words)
     try:
         yield
     finally:
-        np.random.set_state(former)
+        for restore, state in former:
+            restore(state)

@@ -16,8 +16,9 @@ from rayft.config.tune import Tune
 from rayft.errors import UsageError
 from rayft.runs.folder import RunFolder
 from rayft.tune import search
-from rayft.tune.population import Population, _seeded, mutations
+from rayft.tune.population import Population, mutations
 from rayft.tune.record import Exploit
+from rayft.tune.schedulers import seeded
 from tests.train.conftest import Recipes
 from tests.tune.test_study import trials_of
 
@@ -81,7 +82,7 @@ def test_decisions_are_those_of_rays_own_scheduler(seed: int) -> None:
             found = ours.decide(number, {"validation_loss": loss, "step": step, "total_steps": 40})
             looks += 1
             controller.left = None
-            with _seeded(seed, looks):
+            with seeded(seed, looks):
                 theirs.on_trial_result(controller, trial, {"loss": loss, "age": step})
             assert isinstance(found, Exploit) == (controller.left is trial)
             if isinstance(found, Exploit):
