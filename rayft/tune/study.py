@@ -24,6 +24,7 @@ from rayft.tune.record import Exploit, Proposal, Record, Report, Verdict
 from rayft.tune.rows import TrialRow
 from rayft.tune.schedulers import scheduler_of
 from rayft.tune.space import Space, Values
+from rayft.tune.words import shown
 
 LOG = "metrics.jsonl"
 LOCK = "study.lock"
@@ -263,7 +264,7 @@ class Study:
         if not isinstance(found, Exploit):
             return found
         donor = self._records[found.donor]
-        changed = [f"{path} {value:g}" for path, value in found.values.items() if value != donor.values.get(path)]
+        changed = [f"{path} {shown(value)}" for path, value in found.values.items() if value != donor.values.get(path)]
         self.event(
             f"trial {record.number} went on from trial {donor.number} at step {found.step}"
             + (f" with {', '.join(changed)}" if changed else "")
