@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 STAMP := .venv/.rayft-installed
-EXTRAS := dev,deepspeed,tune,eval
+EXTRAS := dev,deepspeed,tune,serve,federate,eval
 
 # One thread per process: tests and workers share few cores, and results do not depend on the machine.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1

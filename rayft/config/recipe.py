@@ -12,6 +12,7 @@ from rayft.config.evaluate import Evaluate
 from rayft.config.model import Model
 from rayft.config.scale import Scale
 from rayft.config.section import Section
+from rayft.config.serve import Serve
 from rayft.config.train import Train
 from rayft.config.tune import Tune
 
@@ -36,5 +37,4 @@ class Recipe(Section):
     """The sweep of `rayft tune`; absent: its defaults."""
     federate: dict[str, Any] | None = None
     """Section of `rayft federate`, checked by that verb."""
-    serve: dict[str, Any] | None = None
-    """Section of `rayft serve`, checked by that verb."""
+    serve: Serve = Serve()

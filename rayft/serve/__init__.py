@@ -1,0 +1,1 @@
+"""Many adapters on one base behind an OpenAI-compatible endpoint on Ray Serve."""
