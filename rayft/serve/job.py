@@ -20,7 +20,7 @@ class Content:
     hash: str
     """sha256 of tensors and config (`AdapterState.content_hash`)."""
     path: str
-    """A stock adapter folder that every replica can read; its tokenizer and chat template beside it where it has them."""
+    """A stock adapter folder that every replica can read, where its tokenizer and chat template lie too."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Piece:
     """Of the answer, 0 to n - 1."""
     text: str = ""
     tokens: tuple[Token, ...] = ()
-    """Those that came since. `text` leaves out stop texts, special tokens and tool calls, so theirs need not join to it."""
+    """Those that came since. `text` leaves out stop texts, special tokens and tool calls; so it may be shorter."""
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: Finish | None = None
     """Set on the last piece of an answer only, and so are the next two."""
