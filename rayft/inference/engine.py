@@ -71,7 +71,6 @@ class Engine:
         text_config = model.config.get_text_config()
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self.max_model_len: int = settings.max_model_len or text_config.max_position_embeddings
-        self.end_ids = frozenset(end_ids(model, tokenizer))
         layers = layers_of(model)
         self.cache = KVCache(layers, settings.kv_cache_tokens, model.device)
         self.prefix = PrefixCache(self.cache, settings.block_size) if settings.enable_prefix_caching else None
@@ -115,8 +114,16 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def add(self, request: Request, send: Callable[[TokenEvent], object], mask: TokenMask | None = None) -> None:
+    def add(
+        self,
+        request: Request,
+        send: Callable[[TokenEvent], object],
+        mask: TokenMask | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         """Take a request. ``send`` is called with each of its events, in the thread that steps, and must not block.
+
+        tokenizer: writes the answer, and its end token ends it; for adapters that were trained with one of their own.
 
         Raises:
             UsageError: R811 (a value out of range), R812 (too long), R815 (unknown adapter).
@@ -124,9 +131,11 @@ class Engine:
         """
         self.check(request)
         sampling = request.sampling
-        endings = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.end_ids)
+        tokenizer = tokenizer or self.tokenizer
+        ends = frozenset() if sampling.ignore_eos else frozenset(end_ids(self.model, tokenizer))
+        endings = frozenset(sampling.stop_token_ids) | ends
         chooser = Chooser(sampling, request.prompt, endings, mask)
-        text = TextStream(self.tokenizer, sampling.stop, sampling.min_tokens)
+        text = TextStream(tokenizer, sampling.stop, sampling.min_tokens)
         with self._books:
             if request.id in self._flights:
                 raise UsageError("R811", f"a request with the id {request.id} is in flight")

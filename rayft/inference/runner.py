@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 import threading
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
 
 from rayft.inference.engine import Engine
 from rayft.inference.request import Request, TokenEvent
 from rayft.inference.sampling import TokenMask
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request with what its answer must look like and who writes it (see `Engine.add`)."""
+
+    request: Request
+    mask: TokenMask | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 class Runner:
@@ -47,6 +59,14 @@ class Runner:
         Raises:
             UsageError, Overloaded: as `Engine.add` does, before the first event is asked for.
         """
+        return _single(self.submit_all([Order(request, mask)]))
+
+    def submit_all(self, orders: Sequence[Order]) -> AsyncIterator[list[TokenEvent]]:
+        """The events of several requests as they come, those that came together in one list, until all have ended.
+
+        Raises:
+            UsageError, Overloaded: of the first that is refused; then none of them runs.
+        """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
 
@@ -54,28 +74,38 @@ class Runner:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the loop is closed: nobody listens any more, which must not disturb others
-                self.engine.cancel(request.id)
+                self.engine.cancel(event.id)
 
-        self.engine.add(request, send, mask)
+        taken: list[str] = []
+        try:
+            for order in orders:
+                self.engine.add(order.request, send, order.mask, order.tokenizer)
+                taken.append(order.request.id)
+        except BaseException:
+            for id in taken:
+                self.cancel(id)
+            raise
         if self._stopping:
-            self.engine.cancel(request.id)
+            for id in taken:
+                self.engine.cancel(id)
         self._wake.set()
-        return self._events(request.id, events)
+        return self._events(set(taken), events)
 
     def cancel(self, id: str) -> None:
         """End a request; its iterator gets one more event."""
         self.engine.cancel(id)
         self._wake.set()
 
-    async def _events(self, id: str, events: asyncio.Queue[TokenEvent]) -> AsyncIterator[TokenEvent]:
-        ended = False
+    async def _events(self, running: set[str], events: asyncio.Queue[TokenEvent]) -> AsyncIterator[list[TokenEvent]]:
         try:
-            while not ended:
-                event = await events.get()
-                ended = event.finish_reason is not None
-                yield event
+            while running:
+                came = [await events.get()]
+                while not events.empty():
+                    came.append(events.get_nowait())
+                running -= {event.id for event in came if event.finish_reason is not None}
+                yield came
         finally:
-            if not ended:
+            for id in running:
                 self.cancel(id)
 
     def _run(self) -> None:
@@ -89,3 +119,12 @@ class Runner:
             except Exception as error:  # whatever a device or a model raises ends these requests, not the server
                 self.error = "".join(traceback.format_exception_only(error)).strip()
                 self.engine.fail(self.error)
+
+
+async def _single(batches: AsyncIterator[list[TokenEvent]]) -> AsyncIterator[TokenEvent]:
+    try:
+        async for batch in batches:
+            for event in batch:
+                yield event
+    finally:
+        await batches.aclose()  # type: ignore[attr-defined]

@@ -86,12 +86,21 @@ def load_trained(
         raise UsageError("R331", f"{folder} holds neither an adapter nor a model")
     if dtype == "auto":
         dtype = "bf16" if has_native_bf16(device) else "fp32"
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = saved_tokenizer(folder, trust_remote_code=trust_remote_code)
     if (folder / ADAPTER_CONFIG).exists():
         model = _load_adapter(folder, tokenizer, device, DTYPES[dtype], trust_remote_code)
     else:
         model = load_model(str(folder), device=device, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     return model.eval(), tokenizer
+
+
+def saved_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside trained weights, with its chat template. Raises UsageError R316 for damaged files."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises nothing finer
+        raise UsageError("R316", f"cannot load the tokenizer of {folder}: {error}") from error
+    return tokenizer
 
 
 def cast_weights(folder: str | Path, dtype: str) -> None:

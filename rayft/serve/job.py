@@ -51,6 +51,8 @@ class Job:
     open_end: bool = False
     """The answer may be as long as the context allows, whatever `sampling.max_new_tokens` says."""
     n: int = 1
+    stream: bool = True
+    """Whether pieces are wanted as they come; else all of them may come in one item at the end, which costs less."""
     grammar: Grammar | None = None
     tenant: str = ""
     priority: int = 0
