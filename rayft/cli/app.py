@@ -8,6 +8,7 @@ import typer
 
 from rayft import __version__
 from rayft.cli import models, recipe, runs
+from rayft.cli.serve import serve
 from rayft.cli.train import evaluate, submit, train
 from rayft.cli.tune import tune
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(tune)
 app.command()(evaluate)
+app.command()(serve)
 app.command()(submit)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(models.app, name="models")

@@ -19,10 +19,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 
 
+def sources_and_overrides(words: list[str] | None) -> tuple[list[str], list[str]]:
+    """(recipes, runs and folders; overrides)."""
+    overrides = [word for word in words or [] if _OVERRIDE.match(word)]
+    return [word for word in words or [] if not _OVERRIDE.match(word)], overrides
+
+
 def split(words: list[str] | None) -> tuple[str | None, list[str]]:
     """(recipe or None, overrides). Raises UsageError R110 when there are two recipes."""
-    overrides = [word for word in words or [] if _OVERRIDE.match(word)]
-    sources = [word for word in words or [] if not _OVERRIDE.match(word)]
+    sources, overrides = sources_and_overrides(words)
     if len(sources) > 1:
         raise UsageError(
             "R110", f"one recipe at a time, given: {', '.join(sources)}", "an override is key=value, without spaces"

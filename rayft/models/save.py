@@ -95,7 +95,7 @@ def load_trained(
 
 
 def saved_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside trained weights, with its chat template. Raises UsageError R316 for damaged files."""
+    """The tokenizer that lies beside trained weights. Raises UsageError R316 for damaged files."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises nothing finer

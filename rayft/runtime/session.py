@@ -44,7 +44,7 @@ def connect(recipe: Recipe | None = None) -> str:
     # OpenMP thread, MKL's loader ended the process now and then ("Cannot load libtorch_cpu.so").
     if ray.is_initialized():
         return str(ray.get_runtime_context().gcs_address)
-    address = os.environ.get("RAY_ADDRESS") or _running_here()
+    address = existing()
     if address is None:
         _start_here()
         return "local"
@@ -84,6 +84,11 @@ def inherited() -> dict[str, str]:
 def in_job() -> bool:
     """Whether this process is the entry point of a Ray job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def existing() -> str | None:
+    """The cluster that `connect` would join: $RAY_ADDRESS, or the one that `ray start` left on this machine."""
+    return os.environ.get("RAY_ADDRESS") or _running_here()
 
 
 def _running_here() -> str | None:

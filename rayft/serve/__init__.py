@@ -1,1 +1,19 @@
 """Many adapters on one base behind an OpenAI-compatible endpoint on Ray Serve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayft.serve.driver import Server, deploy
+
+__all__ = ["Server", "deploy"]
+
+
+def __getattr__(name: str) -> Any:
+    # The HTTP process imports this package too, and shall not import what starts a server.
+    if name in __all__:
+        from rayft.serve import driver
+
+        return getattr(driver, name)
+    raise AttributeError(name)

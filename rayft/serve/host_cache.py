@@ -1,4 +1,4 @@
-"""The adapters of one replica in host memory: read on first use, off the step thread, and given up when space is short."""
+"""The adapters that one replica has in host memory: read on first use, off the step thread, given up for others."""
 
 from __future__ import annotations
 

@@ -1,0 +1,176 @@
+"""`deploy`: from a recipe or runs to a server that answers."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayft.config.recipe import Recipe
+from rayft.errors import RunFailed, UsageError
+from rayft.serve.plan import Plan, plan
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers. Use as a context manager, or `stop` it."""
+
+    name: str
+    url: str
+    models: tuple[str, ...]
+    """What requests may name from the start: the base, then adapters."""
+    folder: str
+    """Of its logs."""
+    ray_address: str
+    """Of its cluster; `local` for one that ends with this process."""
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End it; requests that are running have 30 seconds."""
+        from ray import serve
+
+        serve.delete(application_name(self.name))
+
+
+def deploy(
+    source: str | Path | Mapping[str, Any] | Recipe | Sequence[Any] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    insecure: bool = False,
+    patience: float = 600,
+) -> Server:
+    """Start a server on the cluster (see `runtime.session.connect`) and wait until it answers.
+
+    source: a recipe (its run where there is one), `run:NAME[@...]`, a folder of weights, or several of those that share
+    a base. insecure: listen on an address that others reach although no API keys are asked for. patience: seconds
+    until it must answer.
+
+    Raises:
+        UsageError: R860 and R861 (what cannot be served together), R862 (port in use), R863 (open to others without
+            keys); R1xx recipe, R3xx models, R4xx references, R5xx cluster.
+        RunFailed: R864, the server did not start.
+    """
+    from rayft.runtime import session
+
+    sources = [] if source is None else list(source) if isinstance(source, list | tuple) else [source]
+    planned = plan(sources, overrides)
+    check_address(planned.recipe, insecure)
+    register(planned)
+    address = session.connect(planned.recipe)
+    return _start(planned, address, patience)
+
+
+def check_address(recipe: Recipe, insecure: bool) -> None:
+    """Raises UsageError R862 (the port is in use) or R863 (open to others without keys)."""
+    host, port = recipe.serve.host, recipe.serve.port
+    if not (_is_loopback(host) or recipe.serve.api_keys or insecure):
+        raise UsageError(
+            "R863",
+            f"serve.host {host} is reachable for others, and no API keys are asked for",
+            "rayft keys add --file keys.json NAME and serve.api_keys=keys.json, or --insecure",
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError("R862", f"cannot listen on {host}:{port}: {error.strerror}", "serve.port=...") from error
+
+
+def register(planned: Plan) -> None:
+    """Adapters that were named at the start become versions of the registry, and the ones that are served."""
+    from rayft.runs.registry import Registry
+
+    registry = Registry(planned.registry)
+    for name, trained in planned.adapters.items():
+        version = registry.register(name, trained.path, allow_same=True)
+        if version.stage != "production":
+            registry.promote(name, version.number)
+
+
+def application_name(server: str) -> str:
+    return f"rayft-{server}"
+
+
+def _start(planned: Plan, address: str, patience: float) -> Server:
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from rayft.serve.deployments import application
+
+    section = planned.recipe.serve
+    port = section.port or _free_port(section.host)
+    placement = _place(planned.recipe)
+    name = application_name(planned.name)
+    serve.start(http_options=HTTPOptions(host=section.host, port=port))
+    try:
+        app = application(
+            planned,
+            "gpu" if placement.use_gpu else "cpu",
+            None if placement.use_gpu else placement.cpus_per_worker,
+            placement.resources,
+        )
+        serve.run(app, name=name, route_prefix="/")
+    except Exception as error:
+        serve.delete(name)
+        raise RunFailed("R864", f"the server did not start: {_last_line(error)}") from error
+    url = f"http://{'127.0.0.1' if section.host in ('0.0.0.0', '::') else section.host}:{port}"
+    _wait(url, patience)
+    return Server(planned.name, url, (planned.base_name, *planned.adapters), planned.folder, address)
+
+
+def _place(recipe: Recipe) -> Any:
+    """One engine per replica; on CPUs the cores of a node are shared out among the engines on it."""
+    from rayft.runtime import preflight
+    from rayft.runtime.cluster import snapshot
+
+    cluster = snapshot()
+    replicas = recipe.serve.replicas
+    low, high = replicas if isinstance(replicas, tuple) else (replicas, replicas)
+    cpus = recipe.scale.cpus_per_worker
+    if cpus is None and not cluster.total("GPU"):
+        largest = max(node.total.get("CPU", 1) for node in cluster.nodes)
+        cpus = max(1, min(int(largest), int(cluster.total("CPU") / high)))
+    scale = recipe.scale.model_copy(update={"workers": (low, high), "cpus_per_worker": cpus, "strategy": "ddp"})
+    return preflight.check(recipe.model_copy(update={"scale": scale}))
+
+
+def _wait(url: str, patience: float) -> None:
+    """Until /health answers 200."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > until:
+                raise RunFailed("R864", f"the server did not answer within {patience:.0f} s: {error}") from error
+            time.sleep(0.2)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
