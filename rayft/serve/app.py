@@ -1,0 +1,72 @@
+"""The HTTP application: routes over a backend. It knows neither Ray nor torch, and holds no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI, Security
+from fastapi.security import HTTPBearer
+
+from rayft import __version__
+from rayft.config.serve import Serve
+from rayft.serve import errors
+from rayft.serve.backend import Backend
+from rayft.serve.gateway import Gateway
+from rayft.serve.guard import MAX_BODY, Guard
+from rayft.serve.journal import REQUESTS, TEXTS, Journal, Texts
+from rayft.serve.keys import Keys
+from rayft.serve.names import Names
+from rayft.serve.record import Record
+from rayft.serve.routes import openai, operations, plain
+
+
+def build(
+    serve: Serve,
+    backend: Backend,
+    names: Names,
+    *,
+    folder: str | Path | None = None,
+    routers: Sequence[APIRouter] = (),
+    observers: Sequence[Callable[[Record], object]] = (),
+    max_body: int = MAX_BODY,
+    keep_alive: float = 15.0,
+) -> FastAPI:
+    """An application for uvicorn or a Ray Serve ingress.
+
+    folder: for `requests.jsonl` and `texts.jsonl`; None = nothing is written. routers: more routes. observers: called
+    with the record of each request that has ended. max_body: bytes. keep_alive: seconds without an event after which a
+    stream gets a comment.
+
+    Raises:
+        UsageError: R844, the file of API keys cannot be read.
+    """
+    recent = operations.Recent()
+    told = [recent.add, *observers]
+    if folder is not None and serve.log_requests:
+        journal = Journal(Path(folder, REQUESTS))
+        told.append(lambda record: journal.append(record.line()))
+    texts = Texts(Path(folder, TEXTS), serve.log_text_days) if folder is not None and serve.log_text else None
+    gateway = Gateway(
+        serve,
+        backend,
+        names,
+        keep_alive=keep_alive,
+        observers=told,
+        write_text=None if texts is None else texts.append,
+    )
+    keys = None if serve.api_keys is None else Keys(serve.api_keys)
+    app = FastAPI(
+        title="rayft",
+        version=__version__,
+        # The interactive pages would fetch their scripts from the internet.
+        docs_url=None,
+        redoc_url=None,
+        # The guard checks the key; this is for /openapi.json.
+        dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
+    )
+    app.add_middleware(Guard, keys=keys, max_body=max_body)
+    errors.install(app)
+    for router in (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), *routers):
+        app.include_router(router)
+    return app

@@ -1,0 +1,70 @@
+"""What every request passes before any route sees it: its key, its size, and whether it is JSON."""
+
+from __future__ import annotations
+
+from pydantic_core import from_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayft.serve.errors import ApiError, reply
+from rayft.serve.keys import Keys, authenticate
+
+MAX_BODY = 16 * 2**20
+"""Bytes of a request's body."""
+
+
+OPEN = frozenset({"/", "/health", "/ready"})
+"""For everybody: whether the server lives, and a page that asks for a key."""
+
+
+class Guard:
+    """ASGI middleware. Bodies are read here, whole, and handed on in one piece."""
+
+    def __init__(self, app: ASGIApp, keys: Keys | None = None, max_body: int = MAX_BODY) -> None:
+        """keys: None = everybody may do everything."""
+        self.app, self.keys, self.max_body = app, keys, max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            authenticate(None if scope["path"] in OPEN else self.keys, scope)
+            body = await self._body(scope, receive)
+        except ApiError as error:
+            await reply(error)(scope, receive, send)
+            return
+        given = False
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, again, send)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """Raises ApiError R830 (not JSON), R835 (too large), R837 (the client has gone)."""
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self.max_body:
+            raise self._too_large()
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ApiError("R837", "the client has gone")
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.max_body:
+                raise self._too_large()
+        if body and b"json" in headers.get(b"content-type", b""):
+            try:  # Python's own reader takes NaN and halves of surrogate pairs, and nests until the stack ends
+                from_json(body, allow_inf_nan=False)
+            except ValueError as error:
+                raise ApiError("R830", f"the body is not JSON: {error}") from error
+        return body
+
+    def _too_large(self) -> ApiError:
+        return ApiError("R835", f"the body is longer than {self.max_body} bytes")

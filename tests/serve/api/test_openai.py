@@ -1,0 +1,342 @@
+"""OpenAI's routes, with the official client, over a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import httpx_sse
+import openai
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from rayft.config.serve import Serve
+from rayft.serve import replies
+from tests.conftest import CORPUS
+from tests.serve.api.conftest import World
+
+ASK = [{"role": "user", "content": "Please order two pizzas"}]
+
+
+@pytest.fixture
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def chat(http: httpx.Client, **fields: Any) -> dict[str, Any]:
+    response = http.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 8} | fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def events(http: httpx.Client, path: str, **fields: Any) -> list[dict[str, Any]]:
+    """The chunks of a stream, whose framing is checked on the way."""
+    body = {"model": "tiny", "stream": True, "max_tokens": 8} | fields
+    with httpx_sse.connect_sse(http, "POST", path, json=body) as source:
+        data = [event.data for event in source.iter_sse()]
+    assert data.pop() == "[DONE]"
+    return [httpx.Response(200, text=item).json() for item in data]
+
+
+def test_a_chat(client: openai.OpenAI, http: httpx.Client) -> None:
+    body = chat(http, temperature=0)
+    answer = ChatCompletion.model_validate(body)
+    replies.Chat.model_validate(body)
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-")
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None and answer.usage.completion_tokens == 8
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+    assert answer.system_fingerprint == "fp_" + "b" * 12
+    same = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=8, temperature=0)  # type: ignore[arg-type]
+    assert same.choices[0].message.content == answer.choices[0].message.content
+    assert same.id != answer.id
+
+
+def test_adapters_answer_under_their_names_and_hashes(http: httpx.Client, world: World) -> None:
+    texts = {
+        model: chat(http, model=model, temperature=0)["choices"][0]["message"]["content"]
+        for model in ("tiny", "anna", "bert", "carl")
+    }
+    assert len(set(texts.values())) == 4
+    hash = world.adapters["bert"].hash
+    response = http.post(
+        "/v1/chat/completions", json={"model": hash, "messages": ASK, "max_tokens": 8, "temperature": 0}
+    )
+    assert response.json()["choices"][0]["message"]["content"] == texts["bert"]
+    assert response.json()["system_fingerprint"] == f"fp_{hash[:12]}"
+    assert response.headers["x-rayft-content"] == hash
+    half = chat(http, model="bert", temperature=0, lora_strength=0)
+    assert half["choices"][0]["message"]["content"] == texts["tiny"]
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI, http: httpx.Client) -> None:
+    whole = chat(http, model="anna", temperature=0, max_tokens=24)
+    raw = events(http, "/v1/chat/completions", model="anna", messages=ASK, temperature=0, max_tokens=24,
+                 stream_options={"include_usage": True})  # fmt: skip
+    chunks = [ChatCompletionChunk.model_validate(chunk) for chunk in raw]
+    assert {chunk.id for chunk in chunks} == {chunks[0].id} and {chunk.object for chunk in chunks} == {
+        "chat.completion.chunk"
+    }
+    first, *between, last, usage = chunks
+    assert raw[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert raw[-2]["choices"][0]["delta"] == {} and last.choices[0].finish_reason == "length"
+    assert all(chunk.choices[0].finish_reason is None for chunk in [first, *between])
+    assert (
+        usage.choices == []
+        and usage.usage is not None
+        and usage.usage.model_dump() == usage.usage.model_validate(whole["usage"]).model_dump()
+    )
+    assert all(chunk["usage"] is None for chunk in raw[:-1])
+    assert "".join(c.choices[0].delta.content or "" for c in between) == whole["choices"][0]["message"]["content"]
+    parts = client.chat.completions.create(model="anna", messages=ASK, temperature=0, max_tokens=24, stream=True)  # type: ignore[arg-type]
+    text = "".join(part.choices[0].delta.content or "" for part in parts)
+    assert text == whole["choices"][0]["message"]["content"]
+
+
+def test_completions_take_texts_and_ids_one_or_many(http: httpx.Client, world: World) -> None:
+    ids = world.tokenizer("What is the capital")["input_ids"]
+    texts = set()
+    for prompt in ("What is the capital", ["What is the capital"], ids, [ids]):
+        body = http.post("/v1/completions", json={"model": "bert", "prompt": prompt, "temperature": 0}).json()
+        answer = Completion.model_validate(body)
+        replies.Completion.model_validate(body)
+        assert answer.usage is not None and answer.usage.completion_tokens == 16
+        texts.add(answer.choices[0].text)
+    assert len(texts) == 1
+    many = http.post(
+        "/v1/completions",
+        json={"model": "bert", "prompt": ["What is the capital", "Answer"], "n": 2, "temperature": 0, "max_tokens": 4},
+    ).json()
+    assert [choice["index"] for choice in many["choices"]] == [0, 1, 2, 3]
+    assert many["choices"][0]["text"] == many["choices"][1]["text"] != many["choices"][2]["text"]
+    assert texts.pop().startswith(many["choices"][0]["text"])
+    prompts = len(ids) + len(world.tokenizer("Answer")["input_ids"])
+    assert many["usage"]["prompt_tokens"] == prompts and many["usage"]["completion_tokens"] == 16
+
+
+def test_echo(http: httpx.Client) -> None:
+    plain = {"model": "tiny", "prompt": "Sure!", "temperature": 0, "max_tokens": 5}
+    without = http.post("/v1/completions", json=plain).json()["choices"][0]["text"]
+    assert http.post("/v1/completions", json=plain | {"echo": True}).json()["choices"][0]["text"] == f"Sure!{without}"
+    chunks = events(http, "/v1/completions", **plain, echo=True)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == f"Sure!{without}"
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+
+
+def test_several_answers_differ_and_a_seed_brings_them_back(http: httpx.Client) -> None:
+    asked = {"n": 3, "seed": 5, "temperature": 1.0, "max_tokens": 12}
+    first, again = chat(http, **asked), chat(http, **asked)
+    texts = [choice["message"]["content"] for choice in first["choices"]]
+    assert texts == [choice["message"]["content"] for choice in again["choices"]] and len(set(texts)) > 1
+    chunks = events(http, "/v1/chat/completions", messages=ASK, **asked)
+    for index, text in enumerate(texts):
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert own[0]["delta"]["role"] == "assistant" and own[-1]["finish_reason"] == "length"
+        assert "".join(choice["delta"].get("content", "") for choice in own) == text
+    assert first["usage"]["completion_tokens"] == 36
+    assert first["usage"]["prompt_tokens"] == chat(http)["usage"]["prompt_tokens"]
+
+
+def test_stop_texts(http: httpx.Client) -> None:
+    text = chat(http, temperature=0, max_tokens=30)["choices"][0]["message"]["content"]
+    stop = text[len(text) // 2 :][:3]
+    choice = chat(http, temperature=0, max_tokens=30, stop=stop)["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"] == text[: text.index(stop)]
+
+
+def test_logprobs(http: httpx.Client) -> None:
+    choice = chat(http, temperature=0, logprobs=True, top_logprobs=2)["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert len(content) == 8 and all(len(entry["top_logprobs"]) == 2 for entry in content)
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] <= 0 for entry in content)
+    streamed = [
+        entry
+        for chunk in events(http, "/v1/chat/completions", messages=ASK, temperature=0, logprobs=True, top_logprobs=2)
+        for entry in ((chunk["choices"][0]["logprobs"] or {}).get("content") or [])
+    ]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in content]
+    body = http.post(
+        "/v1/completions", json={"model": "tiny", "prompt": "Sure", "temperature": 0, "logprobs": 1}
+    ).json()
+    table = Completion.model_validate(body).choices[0].logprobs
+    assert table is not None and table.tokens is not None and table.text_offset is not None
+    assert table.text_offset == [len("".join(table.tokens[:i])) for i in range(len(table.tokens))]
+    assert all(set(top) == {token} for top, token in zip(table.top_logprobs or [], table.tokens, strict=True))
+
+
+def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
+    body = http.get("/v1/models").json()
+    assert [Model.model_validate(entry).id for entry in body["data"]] == ["tiny", "anna", "bert", "carl"]
+    assert body["data"][0]["parent"] is None and body["data"][1]["parent"] == "tiny"
+    assert client.models.retrieve("anna").id == "anna"
+    assert [model.id for model in client.models.list()] == ["tiny", "anna", "bert", "carl"]
+    with pytest.raises(openai.NotFoundError, match="known: tiny, anna"):
+        client.models.retrieve("who/is this")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"model": 7}, "model", "string"),
+        ({"max_tokens": -1}, "max_tokens", "greater"),
+        ({"max_tokens": 10**400}, "max_tokens", "less than"),
+        ({"max_tokens": True}, "max_tokens", "integer"),
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"temperature": 9}, "temperature", "2"),
+        ({"n": 0}, "n", "greater"),
+        ({"messages": []}, "messages", "1 item"),
+        ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "assistant"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content", "text"),
+        ({"stop": [""]}, "stop", "character"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "pattern"),
+        ({"top_logprobs": 3}, None, "logprobs: true"),
+        ({"functions": [{}]}, None, "use `tools`"),
+        ({"stream_options": {"include_usage": True}}, None, "stream: true"),
+        ({"tool_choice": "required"}, None, "needs tools"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided", "one form"),
+        ({"guided_json": {"$ref": "http://evil/x"}}, "guided", "leads out"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs", "no variable"),
+        ({"chat_template": "{{ x }}"}, None, "not offered"),
+        ({"max_tokens": 5000}, None, "R812"),
+        ({"logit_bias": {"99999": 1}}, None, "R811"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(
+    http: httpx.Client, fields: dict[str, Any], param: str | None, said: str
+) -> None:
+    response = http.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 4} | fields)
+    error = response.json()["error"]
+    assert response.status_code == 400 and said in error["message"], error
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"null", b"[1]", b'"x"', b"\xff\xfe", b'{"model": NaN}', b'{"model": "\\ud800"}', b"[" * 100_000,
+     b'{"model": "tiny", "messages": [{"role": "user", "content": "x"}], "seed": 1' + b"0" * 5000 + b"}"],
+)  # fmt: skip
+def test_bodies_that_are_no_json(http: httpx.Client, data: bytes) -> None:
+    response = http.post("/v1/chat/completions", content=data, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_what_is_not_there(http: httpx.Client, client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="nobody", messages=ASK)  # type: ignore[arg-type]
+    assert caught.value.param == "model" and caught.value.code == "model_not_found"
+    assert "known: tiny, anna, bert, carl" in caught.value.message
+    assert http.get("/nowhere").json()["error"]["code"] == "R840"
+    wrong = http.get("/v1/chat/completions")
+    assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "R841" and wrong.headers["allow"] == "POST"
+    text = http.post("/v1/chat/completions", content="{}", headers={"content-type": "text/plain"})
+    assert text.status_code == 400 and "application/json" in text.json()["error"]["message"]
+
+
+def test_unknown_fields_are_named_and_ignored(http: httpx.Client) -> None:
+    response = http.post(
+        "/v1/chat/completions",
+        json={"model": "tiny", "messages": ASK, "max_tokens": 1, "temprature": 0.5, "metadata": {"a": "b"}, "é\n": 1},
+    )
+    assert response.headers["x-rayft-ignored"] == "temprature (meant temperature?), metadata"
+
+
+def test_a_body_that_is_too_large(server_of: Callable[..., str]) -> None:
+    url = server_of(max_body=2000)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x" * 3000}]}
+    assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 413
+
+    def drip() -> Any:
+        for _ in range(30):
+            yield b"x" * 100
+
+    assert httpx.post(f"{url}/v1/chat/completions", content=drip()).json()["error"]["code"] == "R835"
+
+
+def test_refusals_of_a_stream_have_their_status(http: httpx.Client) -> None:
+    for fields, status in (({"max_tokens": 5000}, 400), ({"model": "nobody"}, 404)):
+        body = {"model": "tiny", "messages": ASK, "stream": True} | fields
+        response = http.post("/v1/chat/completions", json=body)
+        assert response.status_code == status and response.headers["content-type"] == "application/json"
+
+
+def until_idle(world: World) -> None:
+    end = time.monotonic() + 20
+    while not world.idle():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+ENDLESS = {"model": "carl", "messages": ASK, "max_tokens": 1900, "ignore_eos": True}
+
+
+def test_who_hangs_up_frees_everything(http: httpx.Client, url: str, world: World) -> None:
+    until_idle(world)
+    before = world.replica.engine.counters.completion_tokens
+    with http.stream("POST", "/v1/chat/completions", json=ENDLESS | {"stream": True}) as response:
+        next(response.iter_lines())
+        assert not world.idle()
+    until_idle(world)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json=ENDLESS | {"n": 3}, timeout=0.3)
+    until_idle(world)
+    assert world.replica.engine.counters.completion_tokens - before < 4 * 1900
+
+
+def test_a_request_ends_when_its_time_is_over(server_of: Callable[..., str], world: World) -> None:
+    url = server_of(Serve(request_timeout=0.3))
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIStatusError) as caught:
+        client.chat.completions.create(model="carl", messages=ASK, max_tokens=1900, extra_body={"ignore_eos": True})  # type: ignore[arg-type]
+    assert caught.value.status_code == 408
+    until_idle(world)
+    with (
+        httpx.Client(base_url=url) as http,
+        httpx_sse.connect_sse(http, "POST", "/v1/chat/completions", json=ENDLESS | {"stream": True}) as source,
+    ):
+        last = list(source.iter_sse())[-1].json()
+    assert last["error"]["code"] == "R836"
+    until_idle(world)
+
+
+def test_idle_streams_get_comments(server_of: Callable[..., str], world: World) -> None:
+    url = server_of(keep_alive=0.0001)
+    body = ENDLESS | {"stream": True, "max_tokens": 20}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+        lines = list(response.iter_lines())
+    assert ": keep-alive" in lines and lines[-2:] == ["data: [DONE]", ""]
+
+
+def test_the_async_client_and_never_another_requests_text(url: str, http: httpx.Client) -> None:
+    generator = random.Random(3)
+    words = [word for line in CORPUS for word in line.split()]
+    asked = [
+        {
+            "model": generator.choice(["tiny", "anna", "bert", "carl"]),
+            "messages": [{"role": "user", "content": " ".join(generator.choices(words, k=generator.randint(1, 12)))}],
+            "max_tokens": generator.randint(1, 16),
+            "temperature": 0,
+        }
+        for _ in range(24)
+    ]
+    alone = [chat(http, **fields)["choices"][0]["message"]["content"] for fields in asked]
+
+    async def main() -> list[str]:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        async def ask(fields: dict[str, Any], stream: bool) -> str:
+            if not stream:
+                return (await client.chat.completions.create(**fields)).choices[0].message.content or ""
+            chunks = await client.chat.completions.create(**fields, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+        return await asyncio.gather(*(ask(fields, i % 2 == 0) for i, fields in enumerate(asked)))
+
+    assert asyncio.run(main()) == alone
