@@ -1,7 +1,7 @@
 """Answers of a given form: from a `Grammar` to the tokens that may come next. The parsing is llguidance's.
 
     guides = Guides(engine.vocabulary)
-    mask = guides.guide(Grammar("regex", "[0-9]{4}"), tokenizer, engine.end_ids)
+    mask = guides.guide(Grammar("regex", "[0-9]{4}"), tokenizer, end_ids(model, tokenizer))
     engine.add(request, send, mask)
 
 What costs time is shared: a tokenizer is read once, whatever number of adapters bring it, and a grammar is compiled

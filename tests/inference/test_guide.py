@@ -84,7 +84,7 @@ def request(id: str, seed: int = 0, adapter: str | None = None, **sampling: Any)
 
 def constrained(engine: Engine, guides: Guides, grammar: Grammar, asked: Request) -> Answer:
     answer = Answer()
-    engine.add(asked, answer.events.append, guides.guide(grammar, engine.tokenizer, engine.end_ids))
+    engine.add(asked, answer.events.append, guides.guide(grammar, engine.tokenizer, {engine.tokenizer.eos_token_id}))
     return answer
 
 
@@ -98,7 +98,7 @@ def answers(engine: Engine, guides: Guides, grammars: list[Grammar], **sampling:
     finish(engine)
     for grammar, answer in zip(grammars, asked, strict=True):
         assert answer.last.finish_reason == "stop", (grammar, answer.text, answer.last.error)
-        assert answer.ids[-1] in engine.end_ids
+        assert answer.ids[-1] == engine.tokenizer.eos_token_id
     return [answer.text for answer in asked]
 
 
