@@ -2,7 +2,7 @@
 
     python generators.py KIND '{"base": FOLDER, "adapters": [FOLDER, ...], "threads": 2, ...}'
 
-KIND: rayft, peft-switch, peft-names, transformers-cb, vllm. A line is {"tokens": of each answer, "requests": [[number of
+KIND: rayft, peft-switch, peft-names, transformers-cb, vllm. A line is {"tokens": of an answer, "requests": [[number of
 an adapter or null, [token ids]], ...]}; the answer to it is {"seconds", "tokens": of all answers}. This file imports
 nothing of rayft unless KIND says so: vLLM runs in an environment of its own.
 """
