@@ -133,7 +133,8 @@ class Engine:
         sampling = request.sampling
         tokenizer = tokenizer or self.tokenizer
         ends = frozenset() if sampling.ignore_eos else frozenset(end_ids(self.model, tokenizer))
-        endings = frozenset(sampling.stop_token_ids) | ends
+        masked = frozenset() if mask is None else frozenset(mask.end_ids)
+        endings = frozenset(sampling.stop_token_ids) | ends | masked
         chooser = Chooser(sampling, request.prompt, endings, mask)
         text = TextStream(tokenizer, sampling.stop, sampling.min_tokens)
         with self._books:
@@ -182,7 +183,10 @@ class Engine:
             sampling = [share.flight for share in shares if share.samples]
             logits = self._forward(shares)
             for flight, choice in zip(sampling, choose(logits, [f.chooser for f in sampling]), strict=True):
-                self._choose(flight, choice)
+                if flight.chooser.mask is not None and (error := flight.chooser.mask.error) is not None:
+                    self._end(flight, "error", error=error)
+                else:
+                    self._choose(flight, choice)
 
     def fail(self, error: str) -> None:
         """End all requests with an error: for whoever steps, when a step has raised."""

@@ -52,9 +52,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer, besides the model's own end tokens."""
     ignore_eos: bool = False
-    """Whether the model's own end tokens are tokens like others."""
+    """Whether the model's own end tokens are tokens like others. Not for answers that follow a grammar."""
     min_tokens: int = 0
-    """Before that many tokens nothing ends the answer: end tokens are never chosen, stop texts are not looked for."""
+    """Before that many tokens nothing ends the answer: end tokens are never chosen, stop texts are not looked for. A
+    grammar wins: where nothing else may follow, the answer ends."""
     logprobs: bool = False
     """Whether to report the logarithm of the probability of each token, under the raw logits."""
     top_logprobs: int = 0

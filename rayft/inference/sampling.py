@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +13,17 @@ from rayft.inference.request import SamplingParams
 
 
 class TokenMask(Protocol):
-    """What an answer may continue with: a grammar, a schema."""
+    """What an answer may continue with: a grammar, a schema. One object per request; its calls follow the answer."""
+
+    @property
+    def end_ids(self) -> Collection[int]:
+        """Tokens with which the mask lets the answer end. They end it, whatever the request says of end tokens."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why the last call gave no mask, which ends the request."""
+        ...
 
     def allowed(self, generated: Sequence[int]) -> torch.Tensor | None:
         """bool[vocabulary], true for the tokens that may follow; None = all."""
@@ -100,11 +110,17 @@ def adjusted(logits: torch.Tensor, rows: Sequence[Chooser]) -> torch.Tensor:
     _repetition(scores, rows)
     _presence_and_frequency(scores, rows)
     for i, row in enumerate(rows):
-        if row.ends_forbidden:
+        allowed = row.mask.allowed(row.generated) if row.mask is not None else None
+        if row.ends_forbidden and not (allowed is not None and _only(row.end_ids, allowed)):
             scores[i, row.end_ids] = -torch.inf
-        if row.mask is not None and (allowed := row.mask.allowed(row.generated)) is not None:
+        if allowed is not None:
             scores[i].masked_fill_(~allowed.to(scores.device), -torch.inf)
     return scores
+
+
+def _only(ids: Sequence[int], allowed: torch.Tensor) -> bool:
+    """Whether a mask allows nothing but these tokens."""
+    return int(allowed.sum()) == int(allowed[list(ids)].sum())
 
 
 def _bias(scores: torch.Tensor, rows: Sequence[Chooser]) -> None:

@@ -71,15 +71,20 @@ def deploy(
     return _start(planned, address, patience)
 
 
-def check_address(recipe: Recipe, insecure: bool) -> None:
-    """Raises UsageError R862 (the port is in use) or R863 (open to others without keys)."""
-    host, port = recipe.serve.host, recipe.serve.port
+def check_keys(recipe: Recipe, host: str, insecure: bool) -> None:
+    """Raises UsageError R863 where others reach the server and need no key."""
     if not (_is_loopback(host) or recipe.serve.api_keys or insecure):
         raise UsageError(
             "R863",
-            f"serve.host {host} is reachable for others, and no API keys are asked for",
+            f"{host} is reachable for others, and no API keys are asked for",
             "rayft keys add --file keys.json NAME and serve.api_keys=keys.json, or --insecure",
         )
+
+
+def check_address(recipe: Recipe, insecure: bool) -> None:
+    """Raises UsageError R862 (the port is in use) or R863 (open to others without keys)."""
+    host, port = recipe.serve.host, recipe.serve.port
+    check_keys(recipe, host, insecure)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -103,24 +108,28 @@ def application_name(server: str) -> str:
     return f"rayft-{server}"
 
 
+def bind(planned: Plan) -> Any:
+    """The application that Ray Serve runs on the connected cluster, sized for it.
+
+    Raises UsageError: R503 to R508, the cluster has no room.
+    """
+    from rayft.serve.deployments import application
+
+    placement = _place(planned.recipe)
+    device = "gpu" if placement.use_gpu else "cpu"
+    threads = None if placement.use_gpu else placement.cpus_per_worker
+    return application(planned, device, threads, placement.resources)
+
+
 def _start(planned: Plan, address: str, patience: float) -> Server:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from rayft.serve.deployments import application
-
     section = planned.recipe.serve
     port = section.port or _free_port(section.host)
-    placement = _place(planned.recipe)
-    name = application_name(planned.name)
+    app, name = bind(planned), application_name(planned.name)
     serve.start(http_options=HTTPOptions(host=section.host, port=port))
     try:
-        app = application(
-            planned,
-            "gpu" if placement.use_gpu else "cpu",
-            None if placement.use_gpu else placement.cpus_per_worker,
-            placement.resources,
-        )
         serve.run(app, name=name, route_prefix="/")
     except Exception as error:
         serve.delete(name)

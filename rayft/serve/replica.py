@@ -16,12 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rayft.errors import UsageError
 from rayft.inference.engine import Engine
+from rayft.inference.guide import Guides
+from rayft.inference.hf import end_ids
 from rayft.inference.request import Request, TokenEvent
 from rayft.inference.runner import Order, Runner
 from rayft.inference.settings import EngineSettings
 from rayft.serve.backend import ModelCard, ReplicaState
 from rayft.serve.host_cache import HostCache
-from rayft.serve.job import Content, Conversation, Job, Piece, Token
+from rayft.serve.job import Content, Conversation, Job, Piece, Token, ToolCall
+from rayft.serve.tool_parser import ToolParser
 from rayft.serve.voices import Voices
 
 
@@ -61,6 +64,7 @@ class Replica:
         self.runner = Runner(self.engine)
         self.cache = HostCache(self.engine, limits.host_cache, limits.max_lora_rank, base_hash)
         self.voices = Voices(tokenizer)
+        self.guides = Guides(self.engine.vocabulary)
         self._card = ModelCard(
             name=name,
             base_hash=base_hash,
@@ -85,8 +89,7 @@ class Replica:
         async with AsyncExitStack() as stack:
             if job.adapter is not None:
                 await stack.enter_async_context(self.cache.using(job.adapter))
-            orders = await asyncio.to_thread(self._orders, job)
-            answers = [_Answer(number, order.tokenizer) for number, order in enumerate(orders)]
+            orders, answers = await asyncio.to_thread(self._prepare, job)
             index = {order.request.id: answer for order, answer in zip(orders, answers, strict=True)}
             batches = self.runner.submit_all(orders)
             stack.push_async_callback(batches.aclose)  # type: ignore[attr-defined]
@@ -129,17 +132,19 @@ class Replica:
             )
         ]
 
-    def _orders(self, job: Job) -> list[Order]:
-        """The requests of a job's answers: the same prompt, each with a seed of its own."""
-        tokenizer = self.voices.of(job.adapter.path if job.adapter else None)
-        ids = _prompt(job, tokenizer)
+    def _prepare(self, job: Job) -> tuple[list[Order], list[_Answer]]:
+        """The requests of a job's answers, with the same prompt and each with a seed of its own, and who reads them."""
+        renderer = self.voices.of(job.adapter.path if job.adapter else None)
+        ids = renderer.ids(job.prompt)
         longest = self.limits.max_prompt_tokens
         if longest is not None and len(ids) > longest:
             raise UsageError("R812", f"the prompt has {len(ids)} tokens, and the limit of this server is {longest}")
         sampling = job.sampling
         if job.open_end:
             sampling = replace(sampling, max_new_tokens=max(1, self.engine.max_model_len - len(ids)))
-        orders = []
+        talk = job.prompt if isinstance(job.prompt, Conversation) else None
+        grammar = (renderer.forced_call(talk) if talk else None) or job.grammar
+        orders, answers = [], []
         for number in range(job.n):
             seed = None if sampling.seed is None else sampling.seed + number
             request = Request(
@@ -152,43 +157,45 @@ class Replica:
                 job.priority,
             )
             self.engine.check(request)
-            orders.append(Order(request, None, tokenizer))
-        return orders
+            ends = end_ids(self.engine.model, renderer.tokenizer)
+            mask = self.guides.guide(grammar, renderer.tokenizer, ends) if grammar else None
+            orders.append(Order(request, mask, renderer.tokenizer))
+            answers.append(_Answer(number, renderer.tokenizer, renderer.parser(talk) if talk else None))
+        return orders, answers
 
 
 class _Answer:
     """One answer of a job on its way to the client."""
 
-    def __init__(self, index: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.index, self.tokenizer = index, tokenizer
+    def __init__(self, index: int, tokenizer: PreTrainedTokenizerBase, parser: ToolParser | None) -> None:
+        self.index, self.tokenizer, self.parser = index, tokenizer, parser
+        self._called = False
 
     def piece(self, event: TokenEvent) -> Piece | None:
-        """None for a token that says nothing yet: half a character, or the beginning of what may be a stop text."""
+        """None for a token that says nothing yet: half a character, what may become a stop text or a call."""
+        text, calls = self._read(event)
+        self._called = self._called or bool(calls)
+        reason = event.finish_reason
         tokens = () if event.logprob is None else (self._token(event),)
-        if not event.text and not tokens and event.finish_reason is None:
+        if not (text or calls or tokens or reason):
             return None
-        return Piece(
-            self.index, event.text, tokens, finish_reason=event.finish_reason, usage=event.usage, error=event.error
-        )
+        finish = "tool_calls" if reason == "stop" and self._called else reason
+        return Piece(self.index, text, tokens, calls, finish, event.usage, event.error)
+
+    def _read(self, event: TokenEvent) -> tuple[str, tuple[ToolCall, ...]]:
+        """(content, calls) that are certain now."""
+        if self.parser is None:
+            return event.text, ()
+        text, calls = self.parser.push(event.text)
+        if event.finish_reason is not None:
+            rest, more = self.parser.finish()
+            text, calls = text + rest, (*calls, *more)
+        return text, calls
 
     def _token(self, event: TokenEvent) -> Token:
-        assert event.token is not None and self.tokenizer is not None
+        assert event.token is not None
         top = tuple((id, self.tokenizer.decode([id]), logprob) for id, logprob in event.top_logprobs)
         return Token(event.token, self.tokenizer.decode([event.token]), event.logprob, top)
-
-
-def _prompt(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    if isinstance(job.prompt, tuple):
-        return job.prompt
-    if isinstance(job.prompt, str):
-        return tuple(tokenizer(job.prompt)["input_ids"])
-    assert isinstance(job.prompt, Conversation)
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in job.prompt.messages],
-        add_generation_prompt=job.prompt.add_generation_prompt,
-        return_dict=False,
-    )
-    return tuple(ids)
 
 
 def _parameters(model: Any) -> int:

@@ -1,4 +1,4 @@
-"""The tokenizers and chat templates that adapters bring along."""
+"""How each adapter is talked to: the tokenizers and chat templates that they bring along."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rayft.models.save import saved_tokenizer
+from rayft.serve.render import Renderer
 
 _FILES = (
     "tokenizer.json",
@@ -26,13 +27,13 @@ class Voices:
     """Adapters whose files are alike share one tokenizer: a hundred runs on one base have one or two. Thread-safe."""
 
     def __init__(self, base: PreTrainedTokenizerBase) -> None:
-        self.base = base
+        self.base = Renderer(base)
         self._by_folder: dict[str, str] = {}
-        self._by_content: OrderedDict[str, PreTrainedTokenizerBase] = OrderedDict()
+        self._by_content: OrderedDict[str, Renderer] = OrderedDict()
         self._lock = threading.Lock()
 
-    def of(self, folder: str | None) -> PreTrainedTokenizerBase:
-        """The tokenizer in an adapter's folder, with its chat template; the base's where it has none, or for None."""
+    def of(self, folder: str | None) -> Renderer:
+        """With the tokenizer and chat template in an adapter's folder; the base's where it has none, and for None."""
         if folder is None or not Path(folder, "tokenizer_config.json").is_file():
             return self.base
         with self._lock:
@@ -40,7 +41,7 @@ class Voices:
                 self._by_folder[folder] = _fingerprint(Path(folder))
             content = self._by_folder[folder]
             if content not in self._by_content:
-                self._by_content[content] = saved_tokenizer(folder)
+                self._by_content[content] = Renderer(saved_tokenizer(folder))
                 if len(self._by_content) > _KEPT:
                     self._by_content.popitem(last=False)
             self._by_content.move_to_end(content)

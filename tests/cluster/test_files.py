@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -10,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from ray.serve.schema import ServeDeploySchema
 from ruamel.yaml import YAML
 
 from rayft.config import load
@@ -67,6 +69,24 @@ def test_vm_autoscaler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("RAY_AUTH_MODE=token" in line for line in starts if "ray start" in line)
 
 
-@pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "aws-autoscaler.yaml"])
+def test_kuberay_service() -> None:
+    service = read("kuberay-rayservice.yaml")
+    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["rayVersion"] == RAY and cluster["authOptions"]["mode"] == "token"
+    (group,) = cluster["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    mounts = {mount["mountPath"] for mount in worker["volumeMounts"]}
+
+    (app,) = ServeDeploySchema.model_validate(YAML(typ="safe").load(service["spec"]["serveConfigV2"])).applications
+    module, _, function = app.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert app.args["sources"] == ["run:quickstart"]
+    recipe = load(str(ROOT / "examples/recipes/quickstart.yaml"), app.args["overrides"]).recipe
+    assert recipe.storage in mounts and recipe.serve.api_keys is not None
+    assert recipe.serve.replicas == (group["minReplicas"], group["maxReplicas"])
+
+
+@pytest.mark.parametrize("name", ["kuberay-rayjob.yaml", "kuberay-rayservice.yaml", "aws-autoscaler.yaml"])
 def test_headers_say_what_was_not_tried(name: str) -> None:
     assert "Not yet run on a real cluster" in (ROOT / "cluster" / name).read_text()

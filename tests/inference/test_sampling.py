@@ -181,7 +181,10 @@ def test_logprobs_are_those_of_a_peft_forward(engine_with: Any, peft: Reference,
 
 
 class OnlyEven:
-    """A grammar: even tokens, and only 4 after a 2."""
+    """A grammar: even tokens, and anything after a 4."""
+
+    end_ids: tuple[int, ...] = ()
+    error: str | None = None
 
     def allowed(self, generated: Any) -> torch.Tensor | None:
         if generated and generated[-1] == 4:

@@ -1,0 +1,83 @@
+"""What `tools` and `tool_choice` of a request come to: which functions are shown, and which call is forced."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rayft.errors import UsageError
+from rayft.inference.grammar import Grammar
+from rayft.serve.job import Conversation
+from rayft.serve.tool_style import ToolStyle
+
+MOST_CALLS = 16
+"""Calls of one answer that is forced to call: a model that never stops would fill its context with them."""
+NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+BLANKS = {"whitespace_pattern": r"( |\n[ \t]{0,32})"}
+
+Tool = dict[str, Any]
+
+
+def shown_tools(conversation: Conversation) -> list[Tool]:
+    """The functions that the model is told of: none with `tool_choice: none`.
+
+    Raises:
+        UsageError: R818 for what is no function, or a choice of a function that is not there.
+    """
+    tools = [_tool(tool, f"tools[{index}]") for index, tool in enumerate(conversation.tools)]
+    names = [tool["function"]["name"] for tool in tools]
+    if double := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError("R818", f"tools: two functions have the name {double[0]}")
+    choice = conversation.tool_choice
+    if choice == "required" and not tools:
+        raise UsageError("R818", "tool_choice: a call is required, and there are no tools")
+    if (name := chosen(choice)) is not None and name not in names:
+        raise UsageError("R818", f"tool_choice: there is no function {name}", f"tools: {', '.join(names) or 'none'}")
+    return [] if choice == "none" else tools
+
+
+def chosen(choice: str) -> str | None:
+    """The function that `function:NAME` names."""
+    return choice.removeprefix("function:") if choice.startswith("function:") else None
+
+
+def forced_call(style: ToolStyle, tools: Sequence[Tool], choice: str) -> Grammar | None:
+    """What an answer must look like: one call of the named function, or one or more calls where they are required."""
+    name = chosen(choice)
+    if name is None and choice != "required":
+        return None
+    functions = [tool["function"] for tool in tools if name in (None, tool["function"]["name"])]
+    most = MOST_CALLS if name is None and (style.begin or style.listed) else 1
+    begin = f"<[{style.begin_id}]>" if style.begin_id is not None else _text(style.begin)
+    opening, closing = f"{begin} {_text(style.lead)}", f"{_text(style.tail)} {_text(style.end)}"
+    if style.listed:
+        again = f' (", " call){{0,{most - 1}}}' if most > 1 else ""
+        rules = [f'start: {opening} "[" call{again} "]" {closing}']
+    else:
+        again = f' ("\\n" one){{0,{most - 1}}}' if most > 1 else ""
+        rules = [f"start: one{again}", f"one: {opening} call {closing}"]
+    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
+    for index, function in enumerate(functions):
+        head = f"{{{json.dumps(style.name)}: {json.dumps(function['name'])}, {json.dumps(style.arguments)}: "
+        schema = {**(function.get("parameters") or NO_PARAMETERS), "x-guidance": BLANKS}
+        rules.append(f"call_{index}: {_text(head)} arguments_{index} {_text('}')}")
+        rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
+    return Grammar("lark", "\n".join(rules))
+
+
+def _text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def _tool(tool: Mapping[str, Any], place: str) -> Tool:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise UsageError("R818", f"{place}: a tool is a function with a name")
+    if not re.fullmatch(r"[\w.-]{1,128}", function["name"], re.ASCII):
+        raise UsageError("R818", f"{place}: a name is 1 to 128 letters, digits, dots, dashes or underscores")
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise UsageError("R818", f"{place}: parameters are a JSON schema")
+    return {"type": "function", "function": dict(function)}
