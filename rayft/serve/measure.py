@@ -94,7 +94,7 @@ class Measure:
 
     def gauges(self) -> Iterator[Metric]:
         """The engines as they are now, by replica."""
-        now = {
+        now: dict[str, tuple[str, Sequence[float | None]]] = {
             "vllm:num_requests_running": ("Requests in the batch", [s.running for s in self._states]),
             "vllm:num_requests_waiting": ("Requests that wait", [s.waiting for s in self._states]),
             "vllm:kv_cache_usage_perc": ("Share of the cache in use", [s.kv_cache_usage for s in self._states]),
@@ -110,16 +110,16 @@ class Measure:
                 if value is not None:
                     gauge.add_metric([state.id], value)
             yield gauge
-        since_start = {
+        since_start: dict[str, tuple[str, Sequence[int]]] = {
             "vllm:num_preemptions": ("Requests that gave their place back", [s.preemptions for s in self._states]),
             "vllm:prefix_cache_queries": ("Tokens of prompts", [s.prompt_tokens for s in self._states]),
             "vllm:prefix_cache_hits": ("Of these, from the prefix cache", [s.cached_tokens for s in self._states]),
             "rayft:steps": ("Forward passes", [s.steps for s in self._states]),
         }
-        for name, (help, values) in since_start.items():
+        for name, (help, counts) in since_start.items():
             counter = CounterMetricFamily(name, help, labels=["engine"])
-            for state, value in zip(self._states, values, strict=True):
-                counter.add_metric([state.id], value)
+            for state, number in zip(self._states, counts, strict=True):
+                counter.add_metric([state.id], number)
             yield counter
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",

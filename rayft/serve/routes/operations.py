@@ -37,7 +37,7 @@ def router(gateway: Gateway, recent: Recent) -> APIRouter:
     @routes.get("/health", responses={200: {"model": replies.Status}})
     async def health() -> Response:
         """200 when the model is loaded and the engines answer, else 503."""
-        await gateway.card()
+        await gateway.card(patience=0.5)
         if not await gateway.states():
             raise ApiError("R838", "no engine answers", "try again soon")
         return json_response({"status": "ok"})
@@ -45,7 +45,7 @@ def router(gateway: Gateway, recent: Recent) -> APIRouter:
     @routes.get("/ready", responses={200: {"model": replies.Status}})
     async def ready() -> Response:
         """200 when a request would be taken now, else 503."""
-        await gateway.card()
+        await gateway.card(patience=0.5)
         if all(state.queued_tokens > gateway.serve.max_queued_tokens for state in await gateway.states()):
             raise ApiError("R838", "too much is waiting", "try again soon")
         return json_response({"status": "ready"})
