@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -19,6 +16,7 @@ from rayft.errors import UsageError
 from rayft.models.save import ADAPTER_WEIGHTS
 from rayft.multilora.linear import MultiLora
 from rayft.multilora.schemes import LoraWeights
+from rayft.runs.content import lora_hash
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
@@ -43,13 +41,13 @@ class AdapterState:
 
     def content_hash(self) -> str:
         """sha256 of tensors and config, the identity of an adapter: two with the same hash give the same answers."""
-        digest = hashlib.sha256()
-        digest.update(json.dumps(_meaning(self.config), sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            plain = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-            digest.update(plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
-        return digest.hexdigest()
+        return lora_hash(
+            vars(self.config),
+            (
+                (name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _bytes(tensor))
+                for name, tensor in self.tensors.items()
+            ),
+        )
 
     def weights(self) -> dict[str, LoraWeights]:
         """By module name. Raises UsageError R802 for what several adapters cannot share (see `unsupported`)."""
@@ -154,7 +152,7 @@ class _Held:
     weights: dict[str, LoraWeights]
 
 
-def _meaning(config: LoraConfig) -> dict[str, Any]:
-    """The part of a config that changes what an adapter computes."""
-    names = ("r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out")
-    return {name: getattr(config, name) for name in names}
+def _bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """What a file holds of a tensor; it comes to the host when it is asked for."""
+    if tensor.numel():
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rayft.runs.storage import Location
+from rayft.runs.tensors import DTYPES, check_whole, read_bytes, read_header
 
 # Where the base lay and which library wrote the file say nothing about what the adapter computes.
 _PLACE = {
@@ -18,7 +19,16 @@ _PLACE = {
     "transformers_version",
     "inference_mode",
 }
-_CHUNK = 1 << 22
+_LORA: dict[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "use_dora": False,
+    "alpha_pattern": {},
+    "rank_pattern": {},
+    "fan_in_fan_out": False,
+}
+"""The part of a LoRA's configuration that changes what it computes, with PEFT's defaults."""
 
 
 def content_hash(folder: Location) -> str:
@@ -29,29 +39,40 @@ def content_hash(folder: Location) -> str:
     digest = hashlib.sha256()
     config = folder / ("adapter_config.json" if (folder / "adapter_config.json").is_file() else "config.json")
     digest.update(json.dumps(_canonical(json.loads(config.read())), sort_keys=True).encode())
-    tensors = sorted(
-        tensor for file in folder.children() if file.name.endswith(".safetensors") for tensor in _tensors(file)
-    )
-    for name, description, path, start, length in tensors:
-        digest.update(f"{name} {description} ".encode())
-        with folder.filesystem.open_input_file(path) as stream:
-            stream.seek(start)
-            while length > 0:
-                block = stream.read(min(length, _CHUNK))
-                digest.update(block)
-                length -= len(block)
+    files = [file for file in folder.children() if file.name.endswith(".safetensors")]
+    tensors = [(tensor, file) for file in files for tensor in read_header(file)]
+    for tensor, file in sorted(tensors, key=lambda pair: (pair[0].name, pair[1].path)):
+        digest.update(f"{tensor.name} {tensor.dtype}{list(tensor.shape)} ".encode())
+        for block in read_bytes(file, tensor):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def _tensors(file: Location) -> Iterator[tuple[str, str, str, int, int]]:
-    """(name, dtype and shape, file, first byte, bytes) of each tensor: 8 bytes of length, a JSON header, then data."""
-    with file.filesystem.open_input_file(file.path) as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            yield name, f"{entry['dtype']}{entry['shape']}", file.path, 8 + size + first, last - first
+def lora_hash(
+    config: Mapping[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]]
+) -> str:
+    """sha256 of what an adapter computes: two LoRA adapters with the same hash give the same answers.
+
+    config: PEFT's configuration, of which the part counts that changes numbers. tensors: (PEFT's name, number format as
+    torch names it, shape, blocks of bytes), in any order.
+    """
+    meaning = {name: default if config.get(name) is None else config[name] for name, default in _LORA.items()}
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True, default=str).encode())
+    for name, dtype, shape, blocks in sorted(tensors, key=lambda tensor: tensor[0]):
+        digest.update(f"{name} {dtype} {tuple(shape)}".encode())
+        for block in blocks:
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def lora_hash_of_files(config: Mapping[str, Any], weights: Location) -> str:
+    """`lora_hash` of an adapter's configuration and its safetensors file, read without torch.
+
+    Raises ValueError for a file that is damaged or not complete.
+    """
+    tensors = read_header(weights)
+    check_whole(weights, tensors)
+    return lora_hash(config, ((t.name, DTYPES[t.dtype][0], t.shape, read_bytes(weights, t)) for t in tensors))
 
 
 def _canonical(value: Any) -> Any:
