@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Security
@@ -28,15 +28,16 @@ def build(
     *,
     folder: str | Path | None = None,
     routers: Sequence[APIRouter] = (),
+    statuses: Mapping[str, int] | None = None,
     observers: Sequence[Callable[[Record], object]] = (),
     max_body: int = MAX_BODY,
     keep_alive: float = 15.0,
 ) -> FastAPI:
     """An application for uvicorn or a Ray Serve ingress.
 
-    folder: for `requests.jsonl` and `texts.jsonl`; None = nothing is written. routers: more routes. observers: called
-    with the record of each request that has ended. max_body: bytes. keep_alive: seconds without an event after which a
-    stream gets a comment.
+    folder: for `requests.jsonl` and `texts.jsonl`; None = nothing is written. routers: more routes. statuses: of the
+    errors that these raise, by id, where they are not 400. observers: called with the record of each request that has
+    ended. max_body: bytes. keep_alive: seconds without an event after which a stream gets a comment.
 
     Raises:
         UsageError: R844, the file of API keys cannot be read.
@@ -66,7 +67,7 @@ def build(
         dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
     )
     app.add_middleware(Guard, keys=keys, max_body=max_body)
-    errors.install(app)
+    errors.install(app, statuses)
     for router in (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), *routers):
         app.include_router(router)
     return app

@@ -80,18 +80,19 @@ _CODES = {
 """OpenAI's words where it has one; else the code is the error's id."""
 
 
-def status_of(error: BaseException) -> int:
-    """The HTTP status of an error."""
+def status_of(error: BaseException, more: Mapping[str, int] | None = None) -> int:
+    """The HTTP status of an error. more: by id, for ids that the table here does not have."""
     if not isinstance(error, RayftError):
         return 500
     if isinstance(error, Overloaded):
         return 429
-    return _STATUS.get(error.id, 400 if isinstance(error, UsageError) else 500)
+    usual = 400 if isinstance(error, UsageError) else 500
+    return _STATUS.get(error.id, (more or {}).get(error.id, usual))
 
 
-def shape_of(error: BaseException) -> dict[str, Any]:
-    """OpenAI's body of an error. What rayft did not raise on purpose is logged and not shown."""
-    status = status_of(error)
+def shape_of(error: BaseException, more: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """OpenAI's body of an error. What rayft did not raise on purpose is not shown."""
+    status = status_of(error, more)
     if not isinstance(error, RayftError):
         error = RayftError("R000", "something went wrong in the server; its log says what")
     message = f"{error.id}: {error.message}" + (f" ({error.hint})" if error.hint else "")
@@ -100,17 +101,17 @@ def shape_of(error: BaseException) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}}
 
 
-def reply(error: BaseException) -> Response:
-    """The response that an error becomes."""
+def reply(error: BaseException, more: Mapping[str, int] | None = None) -> Response:
+    """The response that an error becomes. What rayft did not raise on purpose is logged."""
     if not isinstance(error, RayftError):
         log.error("a request failed", exc_info=error)
-    status = status_of(error)
+    status = status_of(error, more)
     headers = {}
     if status in (429, 503):
         headers["retry-after"] = f"{max(1, round(getattr(error, 'retry_after', None) or 1))}"
     if status == 401:
         headers["www-authenticate"] = "Bearer"
-    return json_response(shape_of(error), status, headers)
+    return json_response(shape_of(error, more), status, headers)
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -119,11 +120,11 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
     return Response(data, status, headers, "application/json")
 
 
-def install(app: FastAPI) -> None:
-    """Let every error of an application, its framework's too, have this shape."""
+def install(app: FastAPI, more: Mapping[str, int] | None = None) -> None:
+    """Let every error of an application, its framework's too, have this shape. more: statuses of other ids."""
 
     async def own(request: Request, error: Exception) -> Response:
-        return reply(error)
+        return reply(error, more)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)

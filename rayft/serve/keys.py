@@ -201,10 +201,15 @@ def caller(request: Request) -> Key:
     return key
 
 
-def admin(request: Request) -> None:
-    """A dependency of routes that only admin keys may use. Raises ApiError R833."""
-    if not caller(request).admin:
+def admin(request: Request) -> str | None:
+    """A dependency of routes that only admin keys may use; the key's name, None where there are no keys.
+
+    Raises ApiError R833.
+    """
+    key = caller(request)
+    if not key.admin:
         raise ApiError("R833", "this route needs an admin key", "rayft keys add --admin NAME")
+    return key.name or None
 
 
 @contextmanager
