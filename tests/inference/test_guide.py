@@ -102,6 +102,7 @@ def answers(engine: Engine, guides: Guides, grammars: list[Grammar], **sampling:
     return [answer.text for answer in asked]
 
 
+@pytest.mark.long
 @given(schemas=st.lists(SCHEMAS, min_size=12, max_size=12))
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_valid_under_the_schema(engine: Engine, guides: Guides, schemas: list[dict[str, Any]]) -> None:
@@ -110,6 +111,7 @@ def test_answers_are_valid_under_the_schema(engine: Engine, guides: Guides, sche
         jsonschema.validate(json.loads(text), schema)
 
 
+@pytest.mark.long
 def test_json_mode_writes_objects(engine: Engine, guides: Guides) -> None:
     asked = [
         constrained(engine, guides, Grammar("json_object"), request(str(seed), seed, temperature=1.0, seed=seed))
@@ -176,6 +178,7 @@ def test_neighbours_without_a_grammar_answer_as_ever(engine: Engine, guides: Gui
     assert len(set(texts)) > 1
 
 
+@pytest.mark.long
 def test_a_seed_is_a_seed_and_preemption_changes_nothing(engine_with: Any) -> None:
     def texts(**settings: Any) -> tuple[list[str], int]:
         engine = engine_with(**settings)
