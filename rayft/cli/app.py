@@ -9,6 +9,7 @@ import typer
 from rayft import __version__
 from rayft.cli import keys, models, recipe, runs
 from rayft.cli.chat import chat
+from rayft.cli.generate import generate
 from rayft.cli.serve import serve
 from rayft.cli.train import evaluate, submit, train
 from rayft.cli.tune import tune
@@ -24,6 +25,7 @@ app.command()(tune)
 app.command()(evaluate)
 app.command()(serve)
 app.command()(chat)
+app.command()(generate)
 app.command()(submit)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(models.app, name="models")

@@ -148,19 +148,16 @@ def opened(sources: Sequence[str], overrides: Sequence[str], sampling: SamplingP
         UsageError: R860, R861 (what cannot be served together), R814 (architecture); R1xx recipe, R3xx models, R4xx
             references.
     """
-    from rayft.multilora.bank import AdapterState
+    from rayft.serve.contents import contents, here
     from rayft.serve.loading import replica
     from rayft.serve.plan import plan
     from rayft.train.preparation import device_here
 
     planned = plan(sources, overrides)
-    folders = {name.rstrip("/").rpartition("/")[2]: trained.fetch() for name, trained in planned.adapters.items()}
-    if len(folders) < len(planned.adapters):  # two folders of one name: their paths tell them apart
-        folders = {name: trained.fetch() for name, trained in planned.adapters.items()}
-    contents = {name: Content(AdapterState.read(path).content_hash(), path) for name, path in folders.items()}
+    found = {name: here(content) for name, content in contents(planned).items()}
     started = replica(planned, device_here(planned.recipe))
     try:
-        chat = Chat(started, planned.base_name, contents, sampling)
+        chat = Chat(started, planned.base_name, found, sampling)
         chat.reset()
         yield chat
     finally:
