@@ -7,8 +7,8 @@ replaced at once.
 
 from __future__ import annotations
 
+import copy
 import difflib
-import json
 import os
 import re
 import secrets
@@ -18,10 +18,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from rayft.errors import UsageError
 from rayft.runs import versions
+from rayft.runs.book import Book
 from rayft.runs.manifest import step_of
 from rayft.runs.reference import AdapterRef, resolve
 from rayft.runs.shelf import Draft, Shelf
@@ -31,14 +30,12 @@ from rayft.runs.versions import STAGES, Alias, Event, Split, Stage, Version
 __all__ = ["Alias", "Event", "Registry", "Split", "Stage", "Version", "check_name"]
 
 FILE = "registry.json"
-SCHEMA = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*(/[A-Za-z0-9][A-Za-z0-9._:-]*)*")
 _LONGEST_NAME = 200
 _HEAD = 128
 """First bytes of the file, which hold a number drawn for every writing."""
 _WAIT = 60.0
 """Seconds that a writer waits for others."""
-_ALIASES = TypeAdapter(dict[str, Alias])
 
 
 class Registry:
@@ -57,12 +54,13 @@ class Registry:
         self.who = who
         self._file = self.folder / FILE
         self._shelf = Shelf(self.folder / "adapters")
+        self._book = Book(self._shelf.folder)
         self._read: tuple[object, Mapping[str, Alias]] = (None, {})
 
     def by(self, who: str | None) -> Registry:
         """The same registry; changes made through it are noted as this one's."""
-        other = Registry(self.folder, who)
-        other._read = self._read
+        other = copy.copy(self)
+        other.who = who
         return other
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -80,12 +78,13 @@ class Registry:
             stat = os.fstat(file)
             head = os.read(file, _HEAD)
             state = (head, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-            if state != self._read[0]:
+            known = self._read
+            if state != known[0]:
                 with open(file, "rb", closefd=False) as stream:
-                    self._read = (state, self._parsed(head + stream.read()))
+                    known = self._read = (state, self._parsed(head + stream.read()))
+            return known[1]  # not `self._read`, into which another thread may have put what it read before
         finally:
             os.close(file)
-        return self._read[1]
 
     def alias(self, name: str) -> Alias:
         """Raises UsageError: R421 with the nearest names, R420."""
@@ -203,39 +202,19 @@ class Registry:
             aliases = dict(before)
             yield aliases
             if aliases != before:
-                self._write(aliases)
+                write_atomic(self._file, self._book.write(aliases))
             if free and self._shelf.folder.is_dir():
                 self._shelf.free({Path(v.path).name for alias in aliases.values() for v in alias.versions})
         finally:
             held.release()
 
-    def _write(self, aliases: Mapping[str, Alias]) -> None:
-        plain = _ALIASES.dump_python(dict(aliases), mode="json")
-        for alias in plain.values():
-            for version in alias["versions"]:
-                version["path"] = Path(version["path"]).name
-        # Two writings within one tick of the clock may leave files of one size and time: `edition` tells them apart.
-        document = {"schema": SCHEMA, "edition": secrets.token_hex(8), "aliases": plain}
-        write_atomic(self._file, json.dumps(document, indent=1) + "\n")
-
     def _parsed(self, data: bytes) -> Mapping[str, Alias]:
         try:
-            document = json.loads(data)
-            schema = document["schema"]
-            aliases = _ALIASES.validate_python(document["aliases"]) if schema == SCHEMA else {}
-        except (ValueError, KeyError, TypeError, RecursionError) as problem:
+            return self._book.read(data)
+        except ValueError as problem:
             raise UsageError(
                 "R420", f"{self._file} cannot be read: {problem}", "restore it from a copy; nothing was changed in it"
             ) from problem
-        if schema != SCHEMA:
-            raise UsageError("R420", f"{self._file} was written by another version of rayft", "upgrade rayft")
-        return {name: self._placed(alias) for name, alias in aliases.items()}
-
-    def _placed(self, alias: Alias) -> Alias:
-        """With the copies' folders where this registry lies now."""
-        return replace(
-            alias, versions=tuple(replace(v, path=str(self._shelf.folder / Path(v.path).name)) for v in alias.versions)
-        )
 
     def _check_folder(self) -> None:
         if (self.folder / "run.json").exists():

@@ -251,8 +251,14 @@ def test_a_model_is_no_adapter(registry: Registry, tmp_path: Path) -> None:
 def test_a_damaged_registry_is_one_clear_error_and_stays_as_it_is(three: Registry, tmp_path: Path) -> None:
     file = three.folder / "registry.json"
     whole = json.loads(file.read_text())
+    text = file.read_text()
     damaged = [
         "",
+        text[:-3],
+        text[: text.rindex("}}")],
+        text.replace('"name":"bot"', '"name":"bat"'),
+        text.replace('"number":2', '"number":"two"'),
+        text.replace('"pinned":false', '"pinned":' + "[" * 100_000),
         "{",
         "[]",
         "{}",
@@ -272,7 +278,7 @@ def test_a_damaged_registry_is_one_clear_error_and_stays_as_it_is(three: Registr
             with pytest.raises(UsageError, match="R420"):
                 change()
         assert file.read_text() == text
-    file.write_text(json.dumps(whole))
+    file.write_text(json.dumps(whole, indent=4))  # laid out by somebody else
     assert three.alias("bot").version(3).number == 3
 
 
@@ -304,6 +310,10 @@ def test_readers_see_every_change_and_pay_little_without_one(three: Registry) ->
         three.weigh("bot", {1: 1, 2: 1} if number % 2 else {1: 1, 3: 1})
         assert reader.alias("bot").weights == three.alias("bot").weights == {1: 0.5, 2 + (number + 1) % 2: 0.5}
     assert reader.aliases() is reader.aliases(), "nothing is parsed again"
+    three.register("other", three.alias("bot").version(1).path)
+    before = reader.alias("bot")
+    three.promote("other", 1)
+    assert reader.alias("other").weights == {1: 1.0} and reader.alias("bot") is before, "only what changed is"
     times = []
     for _ in range(200):
         start = time.perf_counter()
