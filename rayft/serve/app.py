@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 
 from rayft import __version__
 from rayft.config.serve import Serve
-from rayft.serve import errors
+from rayft.serve import errors, replies
 from rayft.serve.backend import Backend
 from rayft.serve.gateway import Gateway
 from rayft.serve.guard import MAX_BODY, Guard
@@ -63,11 +63,12 @@ def build(
         # The interactive pages would fetch their scripts from the internet.
         docs_url=None,
         redoc_url=None,
-        # The guard checks the key; this is for /openapi.json.
-        dependencies=[] if keys is None else [Security(HTTPBearer(auto_error=False))],
     )
     app.add_middleware(Guard, keys=keys, max_body=max_body)
     errors.install(app, statuses)
+    app.include_router(operations.health_router(gateway), responses=replies.ERRORS)
+    # The guard checks the key; this is for /openapi.json.
+    bearer = [] if keys is None else [Security(HTTPBearer(auto_error=False))]
     for router in (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), *routers):
-        app.include_router(router)
+        app.include_router(router, responses=replies.ERRORS, dependencies=bearer)
     return app

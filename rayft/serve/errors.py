@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from rayft.errors import RayftError, UsageError
 from rayft.inference.request import Overloaded
@@ -133,8 +134,8 @@ def install(app: FastAPI, more: Mapping[str, int] | None = None) -> None:
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         response = reply(_of_framework(request, error))
-        for name, value in (error.headers or {}).items():
-            response.headers.setdefault(name, value)
+        if error.status_code == 405:
+            response.headers["allow"] = ", ".join(_methods(request))
         return response
 
     app.add_exception_handler(RayftError, own)
@@ -151,6 +152,13 @@ def _of_framework(request: Request, error: HTTPException) -> ApiError:
     return ApiError("R830", str(error.detail))
 
 
+def _methods(request: Request) -> list[str]:
+    """That some route takes under this path; the framework names those of the first one only."""
+    scopes = {name: {**request.scope, "method": name} for name in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")}
+    routes = request.app.routes
+    return [name for name, scope in scopes.items() if any(route.matches(scope)[0] is Match.FULL for route in routes)]
+
+
 def invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """pydantic's list of problems as one message, about the first field."""
     first = problems[0]
@@ -162,7 +170,7 @@ def invalid(problems: Sequence[Mapping[str, Any]]) -> ApiError:
         if first["type"] in ("model_attributes_type", "model_type", "dict_type", "list_type"):
             wanted = "list" if first["type"] == "list_type" else "object"
             return ApiError("R830", f"the body is one JSON {wanted}, sent with content-type: application/json")
-    lines = list(dict.fromkeys(f"{_place(p['loc'])}: {_said(p)}" for p in problems))
+    lines = list(dict.fromkeys(f"{place}: {_said(p)}" if (place := _place(p["loc"])) else _said(p) for p in problems))
     more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
     return ApiError("R830", "; ".join(lines[:_SHOWN]) + more, param=_place(first["loc"]) or None)
 

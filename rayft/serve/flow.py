@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rayft.errors import RayftError
 from rayft.inference.request import Usage
 from rayft.serve.backend import Backend
 from rayft.serve.errors import ApiError
@@ -133,8 +134,11 @@ class Flow:
                 if silent:
                     silent, self._silent = False, self._silent - 1
                 self._wake.set()
-        except Exception as error:
+        except RayftError as error:
             self._failed = self._failed or error
+        except Exception as error:  # a replica that died, or a defect
+            log.error("the engine failed", exc_info=error)
+            self._failed = self._failed or _broken()
         finally:
             self._silent -= silent
             self._running -= 1
@@ -186,4 +190,8 @@ def _ended(piece: Piece) -> ApiError:
     if piece.finish_reason == "cancelled":
         return ApiError("R838", "the server ended this request, since it stops", "send it again")
     log.error("the engine failed: %s", piece.error)
+    return _broken()
+
+
+def _broken() -> ApiError:
     return ApiError("R839", "the engine failed while it answered", "the server's log says why")

@@ -119,7 +119,7 @@ class Models(BaseModel):
     data: list[Model]
 
 
-_SAID = {
+_SAID: dict[int | str, str] = {
     400: "The request cannot be answered as it is",
     401: "No key, or an unknown one",
     403: "The key does not allow this",
@@ -127,6 +127,7 @@ _SAID = {
     408: "No answer within `request_timeout`",
     413: "The body is too large",
     429: "Over a limit; see the header retry-after",
+    "4XX": "Another error in the request",
     500: "The engine failed",
     503: "Not ready, or stopping",
 }

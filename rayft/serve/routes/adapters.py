@@ -31,6 +31,7 @@ STATUS = {
 }
 """HTTP statuses of errors that these routes meet, where they are not 400."""
 _NAME = Field(min_length=1, max_length=200)
+_TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 class _Body(BaseModel):
@@ -169,19 +170,19 @@ def router(
         name, version = experiments.feedback(asked.id, asked.score)
         return {"object": "feedback", "id": asked.id, "name": name, "version": version}
 
-    @routes.post("/load_lora_adapter", response_class=PlainTextResponse)
-    async def load_lora_adapter(asked: VllmLoad, who: Any = changes) -> str:
+    @routes.post("/load_lora_adapter", responses=_TEXT)
+    async def load_lora_adapter(asked: VllmLoad, who: Any = changes) -> PlainTextResponse:
         """As vLLM's route of this name; `load_inplace` puts the adapter in the place of the one with its name."""
         if asked.lora_name in registry.aliases() and not asked.load_inplace:
             raise UsageError("R424", f"the adapter {asked.lora_name!r} is loaded already", "set load_inplace")
         await lifecycle.add(asked.lora_name, asked.lora_path, Terms(promote=True), allow_same=True, who=who)
-        return f"Success: adapter '{asked.lora_name}' is loaded."
+        return PlainTextResponse(f"Success: adapter '{asked.lora_name}' is loaded.")
 
-    @routes.post("/unload_lora_adapter", response_class=PlainTextResponse)
-    async def unload_lora_adapter(asked: VllmUnload, who: Any = changes) -> str:
+    @routes.post("/unload_lora_adapter", responses=_TEXT)
+    async def unload_lora_adapter(asked: VllmUnload, who: Any = changes) -> PlainTextResponse:
         """As vLLM's route of this name."""
         await lifecycle.remove(asked.lora_name, None, who)
-        return f"Success: adapter '{asked.lora_name}' is unloaded."
+        return PlainTextResponse(f"Success: adapter '{asked.lora_name}' is unloaded.")
 
     return routes
 

@@ -18,7 +18,7 @@ from rayft.serve.protocol import ChatRequest, CompletionRequest, Generation
 
 
 def router(gateway: Gateway) -> APIRouter:
-    routes = APIRouter(prefix="/v1", tags=["openai"], responses=replies.ERRORS)
+    routes = APIRouter(prefix="/v1", tags=["openai"])
 
     @routes.post("/chat/completions", responses=replies.streamed(replies.Chat))
     async def chat(asked: ChatRequest, request: Request) -> Response:

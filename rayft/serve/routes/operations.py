@@ -31,8 +31,9 @@ class Recent:
         self.lines.append(record.line())
 
 
-def router(gateway: Gateway, recent: Recent) -> APIRouter:
-    routes = APIRouter(tags=["operations"], responses=replies.ERRORS)
+def health_router(gateway: Gateway) -> APIRouter:
+    """What anybody may ask."""
+    routes = APIRouter(tags=["operations"])
 
     @routes.get("/health", responses={200: {"model": replies.Status}})
     async def health() -> Response:
@@ -49,6 +50,12 @@ def router(gateway: Gateway, recent: Recent) -> APIRouter:
         if all(state.queued_tokens > gateway.serve.max_queued_tokens for state in await gateway.states()):
             raise ApiError("R838", "too much is waiting", "try again soon")
         return json_response({"status": "ready"})
+
+    return routes
+
+
+def router(gateway: Gateway, recent: Recent) -> APIRouter:
+    routes = APIRouter(tags=["operations"])
 
     @routes.get("/metrics", responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}})
     async def metrics() -> Response:

@@ -83,7 +83,7 @@ class GenerateRequest(protocol.Body):
 
 
 def router(gateway: Gateway) -> APIRouter:
-    routes = APIRouter(tags=["plain"], responses=replies.ERRORS)
+    routes = APIRouter(tags=["plain"])
 
     @routes.post("/generate", responses={200: {"model": replies.Generated}})
     async def generate(asked: GenerateRequest, request: Request) -> Response:
@@ -93,10 +93,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.post("/generate_batch", responses={200: {"model": list[replies.Generated | replies.Error]}})
     async def generate_batch(
         request: Request,
-        asked: Annotated[
-            list[Any],
-            Body(max_length=MOST, json_schema_extra={"items": {"$ref": "#/components/schemas/GenerateRequest"}}),
-        ],
+        asked: Annotated[list[Any], Body(max_length=MOST, description="What `/generate` takes, many times.")],
     ) -> Response:
         """Many texts at a time. The answers come in order; an item that fails has an `error` in its place."""
         receive = shared(request.receive)
