@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,6 +174,9 @@ def test_no_answer_mixes_versions_while_they_change(site: Site, alone: dict[str,
         for version in (2, 1):
             body = {"version": version}
             assert site.http.post("/v1/adapters/live/promote", json=body, headers=site.boss).status_code == 200
+            before, until = answers[str(version)], time.monotonic() + 30
+            while answers[str(version)] == before and time.monotonic() < until:
+                time.sleep(0.005)
     done.set()
     for thread in threads:
         thread.join()
