@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from rayft import __version__
-from rayft.cli import models, recipe, runs
+from rayft.cli import models, recipe, registry, runs
 from rayft.cli.train import evaluate, submit, train
 from rayft.cli.tune import tune
 
@@ -24,6 +24,7 @@ app.command()(submit)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
+app.add_typer(registry.app, name="registry")
 
 
 def _version(wanted: bool) -> None:

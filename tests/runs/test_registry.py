@@ -7,12 +7,17 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rayft.config import Resolved
 from rayft.errors import UsageError
+from rayft.runs.folder import RunFolder
+from rayft.runs.manifest import write_manifest
 from rayft.runs.registry import Alias, Registry, default_folder
+from rayft.runs.storage import locate
 from rayft.runs.versions import Stage
 from tests.runs.adapters import adapter_folder, raw_safetensors
 
@@ -240,6 +245,38 @@ def test_damaged_adapters_are_refused_and_leave_nothing(registry: Registry, tmp_
     with pytest.raises(UsageError, match="R414"):
         registry.register("bot", tmp_path / "nowhere")
     assert registry.aliases() == {} and list((registry.folder / "adapters").iterdir()) == []
+
+
+def test_adapters_of_runs(registry: Registry, resolved: Callable[..., Resolved], storage: str, tmp_path: Path) -> None:
+    """On a file system and in buckets, from checkpoints and from the end; the run may go afterwards."""
+    run = RunFolder.create(resolved(), "train")
+    run.pin(base="base-hash")
+    for step in (10, 20):
+        local = adapter_folder(tmp_path / f"step{step}", float(step))
+        (local / "optimizer.pt").write_bytes(b"state")
+        write_manifest(local, step)
+        locate(local).copy_to(run.location / "checkpoints" / f"checkpoint_{step}")
+    with run.writing("adapter") as folder:
+        adapter_folder(folder, 30.0)
+    run.finish("finished", best_step=20)
+    refs = ["run:demo@step-10", "run:demo@best", "run:demo", str(run.location / "adapter")]
+    made = [registry.register("bot", ref, storage=storage, allow_same=True) for ref in refs]
+    assert [(v.number, v.source, v.run, v.step, v.base_hash) for v in made] == [
+        (1, "run:demo@step-10", "demo", 10, "base-hash"),
+        (2, "run:demo@best", "demo", 20, "base-hash"),
+        (3, "run:demo", "demo", None, "base-hash"),
+        (3, "run:demo", "demo", None, "base-hash"),
+    ]
+    run.location.remove()
+    for version in made:
+        assert sorted(path.name for path in Path(version.path).iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "chat_template.jinja",
+            "tokenizer.json",
+        ]
+    with pytest.raises(UsageError, match="R410"):
+        registry.register("bot", "run:demo", storage=storage)
 
 
 def test_a_model_is_no_adapter(registry: Registry, tmp_path: Path) -> None:
