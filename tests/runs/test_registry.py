@@ -359,6 +359,20 @@ def test_readers_see_every_change_and_pay_little_without_one(three: Registry) ->
     assert sorted(times)[100] < 200e-6
 
 
+def test_a_change_that_leaves_size_and_time_is_seen(three: Registry) -> None:
+    """Two writings within one tick of the file system's clock, the second one in a file of the same number."""
+    three.weigh("bot", {1: 1, 2: 1})
+    file = three.folder / "registry.json"
+    before, stat = file.read_bytes(), file.stat()
+    edition = json.loads(before)["edition"].encode()
+    after = before.replace(b'"2":0.5', b'"3":0.5').replace(edition, edition[::-1])
+    assert three.alias("bot").weights == {1: 0.5, 2: 0.5} and len(after) == len(before) and edition != edition[::-1]
+    with open(file, "r+b") as same:
+        same.write(after)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert three.alias("bot").weights == {1: 0.5, 3: 0.5}
+
+
 def test_partial_copies_are_invisible(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While an adapter is copied, and after it failed, nothing under its final name can be seen."""
     folder = adapter_folder(tmp_path / "a", 1.0)
