@@ -18,7 +18,7 @@ from rayft.serve.journal import REQUESTS, TEXTS, Journal, Texts
 from rayft.serve.keys import Keys
 from rayft.serve.names import Names
 from rayft.serve.record import Record
-from rayft.serve.routes import openai, operations, plain
+from rayft.serve.routes import openai, operations, page, plain
 
 
 def build(
@@ -68,6 +68,7 @@ def build(
     )
     app.add_middleware(Guard, keys=keys, max_body=max_body)
     errors.install(app, statuses)
-    for router in (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), *routers):
+    own = (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), page.router())
+    for router in (*own, *routers):
         app.include_router(router)
     return app
