@@ -18,7 +18,7 @@ from rayft.serve.journal import REQUESTS, TEXTS, Journal, Texts
 from rayft.serve.keys import Keys
 from rayft.serve.names import Names
 from rayft.serve.record import Record
-from rayft.serve.routes import openai, operations, plain
+from rayft.serve.routes import openai, operations, page, plain
 
 
 def build(
@@ -67,6 +67,7 @@ def build(
     app.add_middleware(Guard, keys=keys, max_body=max_body)
     errors.install(app, statuses)
     app.include_router(operations.health_router(gateway), responses=replies.ERRORS)
+    app.include_router(page.router())
     # The guard checks the key; this is for /openapi.json.
     bearer = [] if keys is None else [Security(HTTPBearer(auto_error=False))]
     for router in (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), *routers):
