@@ -53,7 +53,7 @@ def prepack(model: nn.Module) -> int:
         packed = Packed(layer.weight)
         if users[id(layer.weight)] == 1:
             layer.weight = nn.Parameter(packed.weight, requires_grad=False)
-        layer.forward = _forward(packed, layer.bias)
+        layer.forward = _forward(packed, layer.bias)  # type: ignore[method-assign]
     return len(layers)
 
 

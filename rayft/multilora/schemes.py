@@ -81,8 +81,8 @@ def masked(x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route) ->
     scale = route.remember(("scale", ranks, y.dtype), lambda: _scales(ranks, route).to(y.dtype))
     own = route.remember(("own", ranks, y.dtype), lambda: scale != 0)
     if (packed := weights.packed(y)) is not None:
-        A, B = packed
-        return B.added(y, torch.where(own, A.linear(x) * scale, 0))
+        down, up = packed
+        return up.added(y, torch.where(own, down.linear(x) * scale, 0))
     A, B = weights.side_by_side(y.dtype)
     h = functional.linear(x.to(y.dtype), A)
     return torch.addmm(y, torch.where(own, h * scale, 0), B.t())

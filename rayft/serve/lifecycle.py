@@ -159,7 +159,7 @@ class Lifecycle:
         everything: also what this process has pinned before, for replicas that have started since.
         """
         aliases = self.registry.aliases().values()
-        wanted = {hash: content for alias in aliases for hash, content in _pinned(alias).items()}
+        wanted = {hash: content for alias in aliases for hash, content in pinned_contents(alias).items()}
         known = self._known_hashes()
         for hash, pinned in {**self._pinned, **wanted}.items():
             try:
@@ -212,7 +212,7 @@ def with_share(alias: Alias, number: int, share: float) -> dict[int, float]:
     return {number: share} | {n: weight / total * (1 - share) for n, weight in others.items()}
 
 
-def _pinned(alias: Alias) -> dict[str, Content]:
+def pinned_contents(alias: Alias) -> dict[str, Content]:
     """Content by hash of what the replicas keep for an alias."""
     if not alias.pinned:
         return {}
