@@ -41,7 +41,8 @@ def build(
 
     folder: for `requests.jsonl` and `texts.jsonl`; None = nothing is written. routers: more routes. statuses: of the
     errors that these raise, by id, where they are not 400. observers: called with the record of each request that has
-    ended. meanwhile: run as long as the application does. max_body: bytes. keep_alive: seconds without an event after which a stream gets a comment.
+    ended. meanwhile: run as long as the application does. max_body: bytes. keep_alive: seconds without an event after
+    which a stream gets a comment.
 
     Raises:
         UsageError: R844, the file of API keys cannot be read.
