@@ -13,7 +13,7 @@ from rayft.config.serve import Serve
 from rayft.serve import errors, replies
 from rayft.serve.backend import Backend
 from rayft.serve.gateway import Gateway
-from rayft.serve.guard import MAX_BODY, Guard
+from rayft.serve.guard import MAX_BODY, Guard, is_loopback
 from rayft.serve.journal import REQUESTS, TEXTS, Journal, Texts
 from rayft.serve.keys import Keys
 from rayft.serve.names import Names
@@ -64,7 +64,7 @@ def build(
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Guard, keys=keys, max_body=max_body)
+    app.add_middleware(Guard, keys=keys, max_body=max_body, only_local=is_loopback(serve.host))
     errors.install(app, statuses)
     app.include_router(operations.health_router(gateway), responses=replies.ERRORS)
     # The guard checks the key; this is for /openapi.json.

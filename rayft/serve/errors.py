@@ -57,6 +57,7 @@ _STATUS = {
     "R839": 500,
     "R840": 404,
     "R841": 405,
+    "R842": 403,
     "R000": 500,
 }
 """What is not 400 for a UsageError and 500 for any other error. 499: the client has gone, and nobody reads it."""

@@ -110,7 +110,8 @@ def test_counters_summary_and_log_are_the_sum_of_usage(fresh: httpx.Client, tmp_
 def test_a_hang_up_is_recorded_and_not_billed(fresh: httpx.Client, tmp_path: Path) -> None:
     endless = ASK | {"stream": True, "max_tokens": 1900, "ignore_eos": True}
     with fresh.stream("POST", CHAT, json=endless) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
     (line,) = lines_of(tmp_path, 1)
     assert (line["status"], line["error"], line["completion_tokens"]) == (499, "R837", 0)
     assert line["first_token"] is not None
