@@ -42,10 +42,10 @@ def build(
     Raises:
         UsageError: R844, the file of API keys cannot be read.
     """
-    recent = operations.Recent()
+    journal = Journal(Path(folder, REQUESTS)) if folder is not None and serve.log_requests else None
+    recent = operations.Recent(journal.tail(operations.WINDOW) if journal else ())
     told = [recent.add, *observers]
-    if folder is not None and serve.log_requests:
-        journal = Journal(Path(folder, REQUESTS))
+    if journal is not None:
         told.append(lambda record: journal.append(record.line()))
     texts = Texts(Path(folder, TEXTS), serve.log_text_days) if folder is not None and serve.log_text else None
     gateway = Gateway(

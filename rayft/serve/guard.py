@@ -68,7 +68,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_body:
             raise self._too_large()
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -79,10 +79,10 @@ class Guard:
                 raise self._too_large()
         if body and b"json" in headers.get(b"content-type", b""):
             try:  # Python's own reader takes NaN and halves of surrogate pairs, and nests until the stack ends
-                from_json(body, allow_inf_nan=False)
+                from_json(bytes(body), allow_inf_nan=False)
             except ValueError as error:
                 raise ApiError("R830", f"the body is not JSON: {error}") from error
-        return body
+        return bytes(body)
 
     def _too_large(self) -> ApiError:
         return ApiError("R835", f"the body is longer than {self.max_body} bytes")

@@ -184,6 +184,18 @@ def test_a_journal_is_set_aside_when_it_is_large(tmp_path: Path) -> None:
     assert numbers == list(range(numbers[0], 40))
 
 
+def test_the_summary_goes_on_where_a_killed_server_stopped(server_of: Callable[..., str], tmp_path: Path) -> None:
+    def ask() -> dict[str, Any]:
+        with httpx.Client(base_url=server_of(folder=tmp_path), timeout=30) as http:
+            http.post(CHAT, json=ASK)
+            return http.get("/performance_summary").json()
+
+    assert ask()["requests"] == 1
+    with open(tmp_path / "requests.jsonl", "a") as file:
+        file.write('{"id": "chatcm')
+    assert ask()["requests"] == 2 and ask()["requests"] == 3
+
+
 def test_texts_are_kept_where_asked_for_and_not_for_longer(server_of: Callable[..., str], tmp_path: Path) -> None:
     with httpx.Client(base_url=server_of(Serve(log_text=True), folder=tmp_path), timeout=30) as http:
         text = http.post(CHAT, json=ASK | {"temperature": 0}).json()["choices"][0]["message"]["content"]

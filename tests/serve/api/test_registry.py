@@ -93,6 +93,16 @@ def test_names_versions_stages_and_hashes(site: Site, alone: dict[str, str], wor
     assert site.text("live") == alone["tiny"] and site.text("live", lora_strength=1) == alone["anna"]
 
 
+def test_a_damaged_registry_is_not_the_fault_of_who_asks(site: Site) -> None:
+    file = site.registry.folder / "registry.json"
+    whole = file.read_text()
+    file.write_text(whole[:50])
+    assert site.ask("live").status_code == 500 and site.ask("live").json()["error"]["code"] == "R420"
+    assert site.ask("tiny").status_code == 200
+    file.write_text(whole)
+    assert site.ask("live").status_code == 200
+
+
 def test_a_canary_keeps_its_users_and_a_rollback_is_at_once(site: Site, alone: dict[str, str]) -> None:
     site.registry.weigh("live", {1: 50, 2: 50})
     seen: dict[str, str] = {}
