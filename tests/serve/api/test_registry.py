@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -183,6 +184,9 @@ def test_no_answer_mixes_versions_while_they_change(site: Site, alone: dict[str,
         for version in (2, 1):
             body = {"version": version}
             assert site.http.post("/v1/adapters/live/promote", json=body, headers=site.boss).status_code == 200
+            seen, end = answers[str(version)], time.monotonic() + 10
+            while answers[str(version)] == seen and time.monotonic() < end:
+                time.sleep(0.005)
     done.set()
     for thread in threads:
         thread.join()
