@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from rayft import __version__
-from rayft.cli import keys, models, recipe, runs
+from rayft.cli import keys, models, recipe, registry, runs
+from rayft.cli.chat import chat
+from rayft.cli.generate import generate
 from rayft.cli.serve import serve
 from rayft.cli.train import evaluate, submit, train
 from rayft.cli.tune import tune
@@ -22,11 +24,14 @@ app.command()(train)
 app.command()(tune)
 app.command()(evaluate)
 app.command()(serve)
+app.command()(chat)
+app.command()(generate)
 app.command()(submit)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(models.app, name="models")
 app.add_typer(runs.app, name="runs")
 app.add_typer(keys.app, name="keys")
+app.add_typer(registry.app, name="registry")
 
 
 def _version(wanted: bool) -> None:

@@ -76,7 +76,7 @@ class Serve(Section):
     @classmethod
     def _bounds(cls, value: object) -> object:
         low, high = value if isinstance(value, tuple) else (value, value)
-        if not 1 <= low <= high:  # type: ignore[operator]
+        if not 1 <= low <= high:
             raise ValueError("a server has at least one replica, and [min, max] needs min <= max")
         return value
 

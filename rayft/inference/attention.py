@@ -22,6 +22,11 @@ NAME = "rayft_ragged"
 """The `attn_implementation` that this module registers with transformers when it is imported."""
 
 
+MATMUL_FROM = 8
+"""Requests that decode together from which on the CPU computes attention in bf16 with matmuls. Measured with 3 heads of
+64 and 64 to 640 keys: 1.3 to 2 times as fast with 16 and 64 requests, slower with one."""
+
+
 class Layer(NamedTuple):
     """How one layer attends."""
 
@@ -57,13 +62,18 @@ class Decode:
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.index = torch.tensor(self.positions, device=self.shelf.device)
-        self.row = torch.arange(len(self.positions), device=self.shelf.device)
-        self.longest = max(self.positions) + 1
+        shelf = self.shelf
+        self.index = torch.tensor(self.positions, device=shelf.device)
+        self.row = torch.arange(len(self.positions), device=shelf.device)
+        dtype = next(iter(shelf.keys.values())).dtype
+        self.by_matmul = dtype == torch.bfloat16 and shelf.device.type == "cpu" and len(self.positions) >= MATMUL_FROM
+        """Two batched matmuls over whole slabs are faster than the CPU's fused kernel in bf16; over a part of each slab
+        they would have to copy it."""
+        self.longest = shelf.capacity if self.by_matmul else max(self.positions) + 1
 
     def lowest(self, window: int | None) -> int:
         """The first position that any of the requests still sees."""
-        return 0 if window is None else max(0, min(self.positions) - window + 1)
+        return 0 if window is None or self.by_matmul else max(0, min(self.positions) - window + 1)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
         """bool[n, 1, 1, keys]: which keys from `lowest` to `longest` a request sees; None = all."""
@@ -73,7 +83,7 @@ class Decode:
             seen = position <= self.index[:, None]
             if window is not None:
                 seen &= position > self.index[:, None] - window
-            everything = len(set(self.positions)) == 1
+            everything = len(set(self.positions)) == 1 and not self.by_matmul
             self.masks[window] = None if everything else seen[:, None, None]
         return self.masks[window]
 
@@ -129,7 +139,8 @@ def _decode(group: Decode, layer: Layer, query: torch.Tensor, key: torch.Tensor,
     seen = slice(group.lowest(layer.window), group.longest)
     # The query heads that share a key-value head are its "length", so that nothing is repeated.
     tall = query[own].reshape(count, keys.shape[1], heads // keys.shape[1], -1)
-    output = _sdpa(tall, keys[:, :, seen], values[:, :, seen], group.mask(layer.window), layer)
+    attend = _matmuls if group.by_matmul or layer.softcap is not None else _sdpa
+    output = attend(tall, keys[:, :, seen], values[:, :, seen], group.mask(layer.window), layer)
     return output.reshape(count, heads, -1)
 
 
@@ -142,14 +153,12 @@ def _chunk(chunk: Chunk, layer: Layer, query: torch.Tensor, key: torch.Tensor, v
     values[:, chunk.past : end] = value[own].transpose(0, 1)
     seen = slice(chunk.lowest(layer.window), end)
     whole = chunk.past == 0 and (layer.window is None or chunk.length <= layer.window) and layer.softcap is None
-    output = _sdpa(
-        query[own].transpose(0, 1)[None],
-        keys[None, :, seen],
-        values[None, :, seen],
-        None if whole else chunk.mask(layer.window),
-        layer,
-        causal=whole,
-    )
+    mask = None if whole else chunk.mask(layer.window)
+    rows = query[own].transpose(0, 1)[None]
+    if layer.softcap is None:
+        output = _sdpa(rows, keys[None, :, seen], values[None, :, seen], mask, layer, causal=whole)
+    else:
+        output = _matmuls(rows, keys[None, :, seen], values[None, :, seen], mask, layer)
     return output[0].transpose(0, 1)
 
 
@@ -163,17 +172,24 @@ def _sdpa(
     causal: bool = False,
 ) -> torch.Tensor:
     """[B, heads, Q, D] over [B, kv heads, K, D] -> [B, heads, Q, Dv]; ``mask`` is true where a key is seen."""
-    if layer.softcap is None:
-        shared = query.shape[1] != key.shape[1]
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=layer.scale, enable_gqa=shared
-        )
-    repeats = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * layer.scale
-    scores = torch.tanh(scores / layer.softcap) * layer.softcap
+    shared = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=layer.scale, enable_gqa=shared
+    )
+
+
+def _matmuls(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, layer: Layer
+) -> torch.Tensor:
+    """The same, written out, with Gemma-2's cap on the scores."""
+    if (repeats := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = (query @ key.transpose(2, 3)).float() * layer.scale
+    if layer.softcap is not None:
+        scores = torch.tanh(scores / layer.softcap) * layer.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value.repeat_interleave(repeats, 1)
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 class _Probe:

@@ -35,6 +35,7 @@ from rayft.inference.sampling import Choice, Chooser, TokenMask, choose
 from rayft.inference.scheduler import Scheduler, Share
 from rayft.inference.settings import EngineSettings
 from rayft.inference.text import TextStream
+from rayft.models.prepack import prepack
 from rayft.multilora.bank import AdapterState, Bank
 from rayft.multilora.linear import attach
 
@@ -71,6 +72,7 @@ class Engine:
         text_config = model.config.get_text_config()
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self.max_model_len: int = settings.max_model_len or text_config.max_position_embeddings
+        prepack(model)
         layers = layers_of(model)
         self.cache = KVCache(layers, settings.kv_cache_tokens, model.device)
         self.prefix = PrefixCache(self.cache, settings.block_size) if settings.enable_prefix_caching else None

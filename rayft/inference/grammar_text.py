@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayft.errors import UsageError
 from rayft.inference.grammar import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 LONGEST = 2**18
 """Characters of a schema, an expression or a grammar."""
 DEEPEST = 64
 """Levels of brackets."""
 
-JSON = {"whitespace_pattern": r"( |\n[ \t]{0,32})", "lenient": False}
+JSON: JsonCompileOptions = {"whitespace_pattern": r"( |\n[ \t]{0,32})", "lenient": False}
 """Between the parts of JSON: nothing, one space, or a line break with indentation. A model that is not sure may write
 blanks for ever where any number is allowed. Not lenient: a keyword that cannot be enforced is refused."""
 
@@ -27,22 +30,24 @@ def checked(grammar: Grammar) -> None:
     """Raises UsageError R817 for what is too large to be looked at, or would make the parser fetch something."""
     if len(grammar.value) > LONGEST:
         raise refused(grammar.kind, f"{len(grammar.value):,} characters; the limit is {LONGEST:,}")
+    if grammar.kind in ("regex", "lark") and not without_anchors(grammar.value):
+        raise refused(grammar.kind, "it is empty")
     if grammar.kind in ("regex", "lark") and (depth := _bracket_depth(grammar.value)) > DEEPEST:
         raise refused(grammar.kind, f"brackets are nested {depth} deep; the limit is {DEEPEST}")
 
 
 def to_llguidance(grammar: Grammar) -> str:
     """Raises UsageError R817 where the value has not the shape that its kind asks for."""
-    from llguidance import LLMatcher
+    from llguidance import LLMatcher, regex_to_lark
 
     if grammar.kind == "json_object":
         return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON)
     if grammar.kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(_schema(grammar), overrides=JSON)
     if grammar.kind == "regex":
-        return LLMatcher.grammar_from_regex(without_anchors(grammar.value))
-    if grammar.kind == "choice":
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark_text, _choices(grammar))))
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(without_anchors(grammar.value), 'd')}/")
+    if grammar.kind == "choice":  # one terminal, not a rule with as many alternatives, of which there may be few
+        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(lark_text, _choices(grammar))))
     return LLMatcher.grammar_from_lark(grammar.value)
 
 

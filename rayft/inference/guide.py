@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-LIMITS = {
-    "max_grammar_size": 200_000,
-    "max_lexer_states": 50_000,
-    "initial_lexer_fuel": 1_000_000,
-    "step_lexer_fuel": 200_000,
-    "step_max_items": 50_000,
-}
-"""llguidance's own, but for the first two, which bound memory: a lexer state takes up to 2 kB. A step that needs more
-ends its own request and no other one."""
-
 T = TypeVar("T")
 
 
@@ -61,14 +51,15 @@ class Guide:
             self._matcher.consume_tokens(list(new))
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            return self._failed(self._matcher.get_error())
+            self.error = _lost(self._matcher.get_error())
+            return None
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocabulary, bitorder="little")
         mask = torch.from_numpy(bits).view(torch.bool)
         mask[list(self.end_ids)] = self._matcher.is_accepting()
-        return mask if mask.any() else self._failed("no token of the vocabulary can follow")
-
-    def _failed(self, reason: str) -> None:
-        self.error = f"the grammar cannot be followed any further: {_brief(reason)}"
+        if not mask.any():
+            self.error = _lost("no token of the vocabulary can follow")
+            return None
+        return mask
 
 
 class Guides:
@@ -118,10 +109,21 @@ class Guides:
 
 
 def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
-    """At the beginning of an answer, its first mask computed: what that took is in every copy."""
+    """At the beginning of an answer, its first mask computed: what that took is in every copy.
+
+    The limits are llguidance's own, but for the first two, which bound memory: a state takes up to 2 kB. A step that
+    needs more ends its own request and no other one.
+    """
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(**LIMITS, verbose_errors=False)
+    limits = LLParserLimits(
+        max_grammar_size=200_000,
+        max_lexer_states=50_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        verbose_errors=False,
+    )
     matcher = LLMatcher(tokenizer, to_llguidance(grammar), log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
@@ -132,6 +134,10 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _words(tokenizer: LLTokenizer) -> int:
     return (tokenizer.vocab_size + 31) // 32
+
+
+def _lost(reason: str) -> str:
+    return f"the grammar cannot be followed any further: {_brief(reason)}"
 
 
 def _brief(text: str) -> str:

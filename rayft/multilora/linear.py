@@ -159,9 +159,13 @@ class _Layer:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _of(self, slots: frozenset[int]) -> Together:
-        """The adapters of these slots. The last answer is kept: one batch after the other mixes the same ones."""
-        if self._last is None or self._last[0] != slots:
-            self._last = slots, Together((slot, w) for slot, w in self.weights.items() if slot in slots)
+        """The adapters of these slots. The last answer is kept: one batch after the other mixes the same ones, and one
+        whose requests end takes away from them. Then those that are left may do with the old stack for a while."""
+        if self._last is not None:
+            known, weights = self._last
+            if known == slots or (slots < known and 2 * len(slots) > len(known) and not weights.trained):
+                return weights
+        self._last = slots, Together((slot, w) for slot, w in self.weights.items() if slot in slots)
         return self._last[1]
 
     def _dropped(self, x: torch.Tensor, weights: Mapping[int, LoraWeights], route: Route) -> torch.Tensor:

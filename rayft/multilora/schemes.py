@@ -8,11 +8,13 @@ this module owns come back as the base gave them. Matmuls are done in ``y``'s dt
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
 
+from rayft.models.prepack import Packed, packable
 from rayft.multilora.route import Route
 
 
@@ -30,18 +32,35 @@ class Together(dict[int, LoraWeights]):
     """The adapters of one layer that a batch mixes, by slot."""
 
     _stacked: tuple[torch.Tensor, torch.Tensor] | None = None
+    _packed: tuple[Packed, Packed] | None = None
+
+    @cached_property
+    def ranks(self) -> tuple[tuple[int, int, float], ...]:
+        """(slot, rank, scaling) of each."""
+        return tuple((slot, w.A.shape[0], w.scaling) for slot, w in self.items())
+
+    @cached_property
+    def trained(self) -> bool:
+        return any(w.A.requires_grad or w.B.requires_grad for w in self.values())
 
     def side_by_side(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R, in] and B [out, R], R = the sum of the ranks. Adapters that are not trained are copied only once: a
         server would copy them for every token."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.trained:
             return self._copied(dtype)
         if self._stacked is None or self._stacked[0].dtype != dtype:
-            stacked = self._copied(dtype)
-            if any(w.A.requires_grad or w.B.requires_grad for w in self.values()):
-                return stacked
-            self._stacked = stacked
+            self._stacked = self._copied(dtype)
         return self._stacked
+
+    def packed(self, like: torch.Tensor) -> tuple[Packed, Packed] | None:
+        """The same two as the CPU likes them, for products in the dtype of ``like``; None where they are trained, and
+        where that gains nothing."""
+        if torch.compiler.is_compiling() or self.trained or not packable(like):
+            return None
+        if self._packed is None:
+            A, B = self._copied(like.dtype)
+            self._packed = Packed(A), Packed(B)
+        return self._packed
 
     def _copied(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         A = torch.cat([w.A for w in self.values()]).to(dtype)
@@ -58,12 +77,15 @@ def masked(x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route) ->
     Two dense matmuls whatever the number of adapters and the order of the rows; wasted work grows with the sum of the
     ranks. The mask selects and does not multiply, so that an overflow in one adapter stays in its own rows.
     """
-    A, B = weights.side_by_side(y.dtype)
-    ranks = tuple((slot, w.A.shape[0], w.scaling) for slot, w in weights.items())
+    ranks = weights.ranks
     scale = route.remember(("scale", ranks, y.dtype), lambda: _scales(ranks, route).to(y.dtype))
+    own = route.remember(("own", ranks, y.dtype), lambda: scale != 0)
+    if (packed := weights.packed(y)) is not None:
+        down, up = packed
+        return up.added(y, torch.where(own, down.linear(x) * scale, 0))
+    A, B = weights.side_by_side(y.dtype)
     h = functional.linear(x.to(y.dtype), A)
-    h = torch.where(scale != 0, h * scale, 0)
-    return torch.addmm(y, h, B.t())
+    return torch.addmm(y, torch.where(own, h * scale, 0), B.t())
 
 
 def _scales(ranks: tuple[tuple[int, int, float], ...], route: Route) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Security
 from fastapi.security import HTTPBearer
@@ -18,7 +21,7 @@ from rayft.serve.journal import REQUESTS, TEXTS, Journal, Texts
 from rayft.serve.keys import Keys
 from rayft.serve.names import Names
 from rayft.serve.record import Record
-from rayft.serve.routes import openai, operations, plain
+from rayft.serve.routes import openai, operations, page, plain
 
 
 def build(
@@ -30,6 +33,7 @@ def build(
     routers: Sequence[APIRouter] = (),
     statuses: Mapping[str, int] | None = None,
     observers: Sequence[Callable[[Record], object]] = (),
+    meanwhile: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     max_body: int = MAX_BODY,
     keep_alive: float = 15.0,
 ) -> FastAPI:
@@ -37,7 +41,8 @@ def build(
 
     folder: for `requests.jsonl` and `texts.jsonl`; None = nothing is written. routers: more routes. statuses: of the
     errors that these raise, by id, where they are not 400. observers: called with the record of each request that has
-    ended. max_body: bytes. keep_alive: seconds without an event after which a stream gets a comment.
+    ended. meanwhile: run as long as the application does. max_body: bytes. keep_alive: seconds without an event after
+    which a stream gets a comment.
 
     Raises:
         UsageError: R844, the file of API keys cannot be read.
@@ -63,12 +68,27 @@ def build(
         # The interactive pages would fetch their scripts from the internet.
         docs_url=None,
         redoc_url=None,
+        lifespan=_running(meanwhile),
     )
     app.add_middleware(Guard, keys=keys, max_body=max_body, only_local=is_loopback(serve.host))
     errors.install(app, statuses)
     app.include_router(operations.health_router(gateway), responses=replies.ERRORS)
+    app.include_router(page.router())
     # The guard checks the key; this is for /openapi.json.
     bearer = [] if keys is None else [Security(HTTPBearer(auto_error=False))]
     for router in (openai.router(gateway), plain.router(gateway), operations.router(gateway, recent), *routers):
         app.include_router(router, responses=replies.ERRORS, dependencies=bearer)
     return app
+
+
+def _running(
+    works: Sequence[Callable[[], Coroutine[Any, Any, None]]],
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(work()) for work in works]
+        yield
+        for task in tasks:
+            task.cancel()
+
+    return lifespan

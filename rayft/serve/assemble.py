@@ -31,6 +31,7 @@ def assemble(plan: Plan, backend: Backend) -> FastAPI:
         folder=plan.folder,
         routers=[adapters.router(lifecycle, admin)],
         observers=[observing(experiments)],
+        meanwhile=[lifecycle.watch],
         statuses=adapters.STATUS,
     )
 

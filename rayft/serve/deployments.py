@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from rayft.errors import RayftError
 from rayft.serve.backend import ModelCard, ReplicaState
 from rayft.serve.job import Content, Job, Piece
 from rayft.serve.plan import Plan
@@ -14,6 +16,8 @@ from rayft.serve.scaling import QUEUED_TOKENS, by_queued_tokens
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+log = logging.getLogger("rayft.serve")
 
 ROUTER = "rayft.serve.router:Router"
 MOST_JOBS = 10_000
@@ -23,15 +27,24 @@ MOST_JOBS = 10_000
 class Engines:
     """One replica with its engine."""
 
-    def __init__(self, plan: Plan, device: str, threads: int | None) -> None:
-        """threads: computing threads; None leaves them as they are."""
+    async def __init__(self, plan: Plan, device: str, threads: int | None) -> None:  # type: ignore[misc]  # Ray's
+        """threads: computing threads; None leaves them as they are. What the registry pins is loaded before the first
+        request."""
         import torch
 
+        from rayft.runs.registry import Registry
+        from rayft.serve.lifecycle import pinned_contents
         from rayft.serve.loading import replica
 
         if threads is not None:
             torch.set_num_threads(threads)
         self.replica = replica(plan, device, serve.get_replica_context().replica_id.unique_id)
+        for alias in Registry(plan.registry).aliases().values():
+            for content in pinned_contents(alias).values():
+                try:
+                    await self.replica.load(content, True)
+                except RayftError as error:  # of another base, or no slot is free: that must not end the server
+                    log.warning("%s is not pinned: %s", alias.name, error)
 
     async def generate(self, job: Job) -> AsyncIterator[Sequence[Piece]]:
         pieces = self.replica.generate(job)

@@ -63,7 +63,7 @@ def deploy(
     """
     from rayft.runtime import session
 
-    sources = [] if source is None else list(source) if isinstance(source, list | tuple) else [source]
+    sources: list[Any] = [] if source is None else list(source) if isinstance(source, list | tuple) else [source]
     planned = plan(sources, overrides)
     check_address(planned.recipe, insecure)
     register(planned)
@@ -99,7 +99,7 @@ def register(planned: Plan) -> None:
 
     registry = Registry(planned.registry)
     for name, trained in planned.adapters.items():
-        version = registry.register(name, trained.path, allow_same=True)
+        version = registry.register(name, trained.path, allow_same=True, source=planned.sources[name])
         if version.stage != "production":
             registry.promote(name, version.number)
 

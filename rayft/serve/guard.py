@@ -16,7 +16,7 @@ MAX_BODY = 16 * 2**20
 """Bytes of a request's body."""
 
 
-OPEN = frozenset({"/", "/health", "/ready"})
+OPEN = frozenset({"/", "/page/app.js", "/page/style.css", "/health", "/ready"})
 """For everybody: whether the server lives, and a page that asks for a key."""
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayft.errors import RayftError, UsageError
 from rayft.runs import versions
@@ -45,6 +45,8 @@ class Lifecycle:
 
     def __init__(self, registry: Registry, backend: Backend, roots: Roots, experiments: Experiments) -> None:
         self.registry, self.backend, self.roots, self.experiments = registry, backend, roots, experiments
+        self._pinned: dict[str, Content] = {}
+        """What this process has pinned on the replicas, by hash."""
 
     async def add(
         self,
@@ -109,44 +111,32 @@ class Lifecycle:
 
     async def promote(self, name: str, number: int, who: str | None = None) -> Alias:
         """Raises UsageError: R421, R423, and what `Backend.load` raises."""
-        before = self.registry.alias(name)
-        await self._bring(before, [number])
+        await self._bring(self.registry.alias(name), [number])
         alias = await asyncio.to_thread(self.registry.by(who).promote, name, number)
-        await self._settle(before, alias)
+        await self.sync()
         return alias
 
     async def weigh(self, name: str, weights: Mapping[int, float], who: str | None = None) -> Alias:
         """Raises UsageError: R421, R423, R427, and what `Backend.load` raises."""
         before = self.registry.alias(name)
-        wanted = versions.weighed(before, weights)
-        await self._bring(before, wanted.weights.keys() - before.weights.keys())
+        await self._bring(before, versions.weighed(before, weights).weights.keys() - before.weights.keys())
         alias = await asyncio.to_thread(self.registry.by(who).weigh, name, weights)
-        await self._settle(before, alias)
+        await self.sync()
         return alias
 
     async def rollback(self, name: str, who: str | None = None) -> Alias:
-        """At once: nothing is loaded before it, and what cannot be pinned after it is only logged.
-
-        Raises UsageError: R421, R429.
-        """
-        before = self.registry.alias(name)
+        """At once: nothing is loaded before it. Raises UsageError: R421, R429."""
         alias = await asyncio.to_thread(self.registry.by(who).rollback, name)
-        try:
-            if alias.pinned:
-                await self._bring(alias, alias.weights)
-            await self._settle(before, alias)
-        except RayftError as problem:
-            log.warning("%s was rolled back, but its adapter could not be pinned: %s", name, problem)
+        await self.sync()
         return alias
 
     async def pin(self, name: str, pinned: bool, who: str | None = None) -> Alias:
         """Raises UsageError: R421, R816 (no slot is free)."""
-        before = self.registry.alias(name)
         if pinned:
-            for number in before.weights:
-                await self.backend.load(content(before.version(number)), True)
+            before = self.registry.alias(name)
+            await self._bring(replace(before, pinned=True), before.weights)
         alias = await asyncio.to_thread(self.registry.by(who).pin, name, pinned)
-        await self._settle(before, alias)
+        await self.sync()
         return alias
 
     async def remove(self, name: str, number: int | None = None, who: str | None = None) -> None:
@@ -158,25 +148,52 @@ class Lifecycle:
         await asyncio.to_thread(self.registry.by(who).remove, name, number)
         if number is None:
             self.experiments.forget(name)
-        left = {version.hash for alias in self.registry.aliases().values() for version in alias.versions}
-        for hash in {version.hash for version in before.versions} - left:
+        for hash in {version.hash for version in before.versions} - self._known_hashes():
+            self._pinned.pop(hash, None)
             await self.backend.unload(hash)
-        if number is None:
-            await self._settle(before, None)
+        await self.sync()
+
+    async def sync(self, everything: bool = False) -> None:
+        """Pin on the replicas what the registry says, whoever changed it. Problems are logged.
+
+        everything: also what this process has pinned before, for replicas that have started since.
+        """
+        aliases = self.registry.aliases().values()
+        wanted = {hash: content for alias in aliases for hash, content in pinned_contents(alias).items()}
+        known = self._known_hashes()
+        for hash, pinned in {**self._pinned, **wanted}.items():
+            try:
+                if hash not in known:
+                    await self.backend.unload(hash)
+                elif hash not in wanted:
+                    await self.backend.load(pinned, False)
+                elif everything or hash not in self._pinned:
+                    await self.backend.load(pinned, True)
+            except RayftError as problem:
+                log.warning("the adapter %s is not pinned as the registry says: %s", hash[:12], problem)
+        self._pinned = wanted
+
+    async def watch(self, seconds: float = 1.0) -> None:
+        """`sync` whenever somebody has changed the registry; until it is cancelled."""
+        seen: object = None
+        while True:
+            try:
+                if (aliases := self.registry.aliases()) is not seen:
+                    await self.sync(everything=seen is None)
+                    seen = aliases
+            except Exception as problem:  # a registry that is damaged for a while, replicas that start again
+                log.warning("the registry cannot be followed: %s", problem)
+            await asyncio.sleep(seconds)
 
     async def _bring(self, alias: Alias, numbers: Iterable[int]) -> None:
         """Versions to every replica; pinned, where the alias is."""
         for version in [alias.version(number) for number in numbers]:
             await self.backend.load(content(version), True if alias.pinned else None)
+            if alias.pinned:
+                self._pinned[version.hash] = content(version)
 
-    async def _settle(self, before: Alias | None, after: Alias | None) -> None:
-        """Unpin what no pinned alias sends requests to any more."""
-        former = _pinned(before) if before else {}
-        aliases = self.registry.aliases().values()
-        wanted = {hash for alias in aliases for hash in _pinned(alias)} | set(_pinned(after) if after else {})
-        there = {version.hash for alias in aliases for version in alias.versions}
-        for hash in (former.keys() - wanted) & there:
-            await self.backend.load(former[hash], False)
+    def _known_hashes(self) -> set[str]:
+        return {version.hash for alias in self.registry.aliases().values() for version in alias.versions}
 
     def _withdraw(self, registry: Registry, name: str, number: int) -> None:
         """Forget a version that could not be loaded, and its name if it has no other."""
@@ -195,7 +212,7 @@ def with_share(alias: Alias, number: int, share: float) -> dict[int, float]:
     return {number: share} | {n: weight / total * (1 - share) for n, weight in others.items()}
 
 
-def _pinned(alias: Alias) -> dict[str, Content]:
+def pinned_contents(alias: Alias) -> dict[str, Content]:
     """Content by hash of what the replicas keep for an alias."""
     if not alias.pinned:
         return {}

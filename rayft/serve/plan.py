@@ -35,6 +35,8 @@ class Plan:
     base_hash: str
     adapters: Mapping[str, AdapterRef]
     """By the name that requests use."""
+    sources: Mapping[str, str]
+    """By the same name: what the user said."""
     registry: str
     """Folder of names and versions."""
     folder: str
@@ -50,7 +52,7 @@ def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: 
             references.
     """
     words = [*overrides, *([] if sources else [f"data.train={NO_DATA}"])]
-    found = [subject(source, words, data=NO_DATA) for source in sources or [None]]
+    found = [subject(source, words, data=NO_DATA) for source in (sources or [None])]  # type: ignore[list-item]
     full = [one for one in found if one.trained is not None and one.trained.kind == "model"]
     if full and len(found) > 1:
         raise UsageError(
@@ -67,9 +69,14 @@ def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: 
     elif base.startswith("run:"):
         base = reference.resolve(base, recipe.storage).path
     hash = base_hash(hub.fetch(base, recipe.model.revision))
-    adapters = {one.name: one.trained for one in found if one.trained is not None and one.trained.kind == "adapter"}
+    adapters: dict[str, AdapterRef] = {}
+    said: dict[str, str] = {}
+    for one in found:
+        if one.trained is not None and one.trained.kind == "adapter":
+            own = one.name if one.trained.run else one.trained.path.rstrip("/").rpartition("/")[2]
+            adapters[own], said[own] = one.trained, f"run:{own}" if one.trained.run else one.trained.path
     for own, ref in recipe.serve.adapters.items():
-        adapters[own] = reference.resolve(ref, recipe.storage)
+        adapters[own], said[own] = reference.resolve(ref, recipe.storage), ref
     for own, trained in adapters.items():
         if trained.base_hash not in (None, hash):
             raise UsageError("R860", f"{own} was trained on other base weights than {name}, which is served")
@@ -77,7 +84,7 @@ def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: 
     here = Path(recipe.storage).absolute() if local.is_local else home() / "servers"
     registry = recipe.serve.registry or str(here / "registry")
     server = _server_name(first, name)
-    return Plan(server, recipe, base, name, hash, adapters, registry, str(here / "servers" / server))
+    return Plan(server, recipe, base, name, hash, adapters, said, registry, str(here / "servers" / server))
 
 
 def _server_name(first: Subject, base: str) -> str:

@@ -74,7 +74,7 @@ class ToolParser:
         return True
 
     def _outside(self, content: list[str], final: bool) -> bool:
-        rest = self._held.lstrip()
+        mark, rest = self.style.mark, self._held.lstrip()
         if self._closing:
             if rest.startswith(self.style.end):
                 self._held, self._closing = rest[len(self.style.end) :], False
@@ -86,9 +86,11 @@ class ToolParser:
             rest = self._held.lstrip(_SEPARATORS if self._called else None)
             if not rest:
                 return False
-            if rest[0] in "{[":
+            if mark and mark.startswith(rest[: len(mark)]):
+                if len(rest) < len(mark) and not final:
+                    return False
+            elif rest[0] in "{[":
                 return self._begin(len(self._held) - len(rest))
-        mark = self.style.mark
         at = self._held.find(mark) if mark else -1
         if at < 0:
             kept = 0 if final or not mark else _overlap(self._held, mark)
@@ -136,7 +138,7 @@ class ToolParser:
             value = value["function"]
         keys = (self.style.arguments, "arguments", "parameters")
         names = [value[key] for key in (self.style.name, "name", "tool") if key in value]
-        arguments = next((value[key] for key in keys if key in value), {})
+        arguments: Any = next((value[key] for key in keys if key in value), {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)

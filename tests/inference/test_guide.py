@@ -77,8 +77,8 @@ def guides(engine: Engine) -> Guides:
     return Guides(engine.vocabulary)
 
 
-def request(id: str, seed: int = 0, adapter: str | None = None, **sampling: Any) -> Request:
-    prompt = random_prompt(torch.Generator().manual_seed(seed), 300, 30)
+def request(id: str, number: int = 0, adapter: str | None = None, **sampling: Any) -> Request:
+    prompt = random_prompt(torch.Generator().manual_seed(number), 300, 30)
     return Request(id, prompt, adapter, sampling=SamplingParams(**({"max_new_tokens": 600} | sampling)))
 
 
@@ -102,6 +102,7 @@ def answers(engine: Engine, guides: Guides, grammars: list[Grammar], **sampling:
     return [answer.text for answer in asked]
 
 
+@pytest.mark.long
 @given(schemas=st.lists(SCHEMAS, min_size=12, max_size=12))
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_answers_are_valid_under_the_schema(engine: Engine, guides: Guides, schemas: list[dict[str, Any]]) -> None:
@@ -110,6 +111,7 @@ def test_answers_are_valid_under_the_schema(engine: Engine, guides: Guides, sche
         jsonschema.validate(json.loads(text), schema)
 
 
+@pytest.mark.long
 def test_json_mode_writes_objects(engine: Engine, guides: Guides) -> None:
     asked = [
         constrained(engine, guides, Grammar("json_object"), request(str(seed), seed, temperature=1.0, seed=seed))
@@ -127,9 +129,10 @@ REGEXES = [
     "^(yes|no|maybe)$",
     r"a|b\$",
     r"\d{1,3}(\.\d{1,3}){3}",
+    r"[\d\w]{3}\D",
     r"(?i)[a-c]{3}x?",
     "[äöüß]{2} (Straße|Gasse)",
-    r"[^a-z\s]{5}",
+    r"[^a-z\d\x00-\x1f]{5}/",
 ]
 
 
@@ -146,7 +149,14 @@ def test_answers_are_one_of_the_choices(engine: Engine, guides: Guides) -> None:
     grammars = [Grammar("choice", json.dumps(choices)) for choices in chosen]
     texts = answers(engine, guides, grammars)
     assert all(text in choices for text, choices in zip(texts, chosen, strict=True)), texts
-    assert {*lists[1]} <= {*texts} and len(set(texts)) > 7
+    assert all(len({*choices} & {*texts}) > 1 for choices in lists)
+
+
+def test_there_may_be_many_choices(tokenizer: Any) -> None:
+    guides, words = Guides(len(tokenizer)), [f"word {number}" for number in range(10_000)]
+    for grammar in (Grammar("choice", json.dumps(words)), Grammar("json_schema", json.dumps({"enum": words}))):
+        text = tokenizer.decode(walk(guides.guide(grammar, tokenizer, {2}), 1))
+        assert text.strip('"') in words
 
 
 def test_a_lark_grammar_is_followed(engine: Engine, guides: Guides) -> None:
@@ -168,14 +178,15 @@ def test_neighbours_without_a_grammar_answer_as_ever(engine: Engine, guides: Gui
     assert len(set(texts)) > 1
 
 
+@pytest.mark.long
 def test_a_seed_is_a_seed_and_preemption_changes_nothing(engine_with: Any) -> None:
     def texts(**settings: Any) -> tuple[list[str], int]:
         engine = engine_with(**settings)
-        grammars = [Grammar("regex", "([a-z]{3} ){10}")] * 6
-        return answers(engine, Guides(engine.vocabulary), grammars, max_new_tokens=60), engine.scheduler.preemptions
+        grammars = [Grammar("regex", "([a-z]{3} ){40}")] * 6
+        return answers(engine, Guides(engine.vocabulary), grammars, max_new_tokens=200), engine.scheduler.preemptions
 
     roomy, none = texts()
-    narrow, some = texts(kv_cache_tokens=192, enable_prefix_caching=False)
+    narrow, some = texts(kv_cache_tokens=272, max_num_seqs=4, max_num_batched_tokens=64)
     assert narrow == roomy and some > none == 0
 
 
@@ -279,13 +290,13 @@ def test_what_costs_time_is_made_once(tokenizer: Any, tiny_model_folder: str, mo
     grammars = [Grammar("regex", f"{letter}+") for letter in "abc"]
     first = guides.guide(grammars[0], tokenizer, {2})
     again = guides.guide(grammars[0], other, {2})
-    assert len(made) == 1 and len(guides._matchers) == 1
+    assert len(made) == 1 and len(guides._matchers._kept) == 1
     ids = tokenizer.encode("a", add_special_tokens=False)
     first.allowed(ids)
     assert not again.allowed([])[2] and first.allowed(ids)[2], "each answer has a place of its own"
     for grammar in grammars:
         guides.guide(grammar, tokenizer, {2})
-    assert len(guides._matchers) == 2 and len(made) == 1
+    assert len(guides._matchers._kept) == 2 and len(made) == 1
 
 
 def bad() -> Iterator[Any]:
@@ -304,9 +315,9 @@ def bad() -> Iterator[Any]:
         "deeper": ("json_schema", "[" * 100_000),
         "large": ("json_schema", json.dumps({"enum": ["x" * 300_000]})),
         "regex": ("regex", "(a"),
+        "nothing": ("regex", "^$"),
         "lookahead": ("regex", "(?=a)b"),
         "brackets": ("regex", "(" * 5_000 + ")" * 5_000),
-        "repetition": ("regex", "((a{1000}){1000}){1000}"),
         "lark": ("lark", "start: missing"),
         "lark without start": ("lark", 'rule: "a"'),
         "lark brackets": ("lark", "start: " + "(" * 100_000),
@@ -365,4 +376,5 @@ def test_a_real_model_fills_in_a_form() -> None:
     asked = Request("1", tuple(ids), sampling=SamplingParams(max_new_tokens=60))
     answer = constrained(engine, Guides(engine.vocabulary), Grammar("json_schema", json.dumps(schema)), asked)
     finish(engine)
-    assert json.loads(answer.text) == {"country": "France", "capital": "Paris"}
+    form = json.loads(answer.text)
+    assert (form["country"].casefold(), form["capital"].casefold()) == ("france", "paris")

@@ -7,12 +7,17 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from rayft.config import Resolved
 from rayft.errors import UsageError
+from rayft.runs.folder import RunFolder
+from rayft.runs.manifest import write_manifest
 from rayft.runs.registry import Alias, Registry, default_folder
+from rayft.runs.storage import locate
 from rayft.runs.versions import Stage
 from tests.runs.adapters import adapter_folder, raw_safetensors
 
@@ -242,6 +247,38 @@ def test_damaged_adapters_are_refused_and_leave_nothing(registry: Registry, tmp_
     assert registry.aliases() == {} and list((registry.folder / "adapters").iterdir()) == []
 
 
+def test_adapters_of_runs(registry: Registry, resolved: Callable[..., Resolved], storage: str, tmp_path: Path) -> None:
+    """On a file system and in buckets, from checkpoints and from the end; the run may go afterwards."""
+    run = RunFolder.create(resolved(), "train")
+    run.pin(base="base-hash")
+    for step in (10, 20):
+        local = adapter_folder(tmp_path / f"step{step}", float(step))
+        (local / "optimizer.pt").write_bytes(b"state")
+        write_manifest(local, step)
+        locate(local).copy_to(run.location / "checkpoints" / f"checkpoint_{step}")
+    with run.writing("adapter") as folder:
+        adapter_folder(folder, 30.0)
+    run.finish("finished", best_step=20)
+    refs = ["run:demo@step-10", "run:demo@best", "run:demo", str(run.location / "adapter")]
+    made = [registry.register("bot", ref, storage=storage, allow_same=True) for ref in refs]
+    assert [(v.number, v.source, v.run, v.step, v.base_hash) for v in made] == [
+        (1, "run:demo@step-10", "demo", 10, "base-hash"),
+        (2, "run:demo@best", "demo", 20, "base-hash"),
+        (3, "run:demo", "demo", None, "base-hash"),
+        (3, "run:demo", "demo", None, "base-hash"),
+    ]
+    run.location.remove()
+    for version in made:
+        assert sorted(path.name for path in Path(version.path).iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "chat_template.jinja",
+            "tokenizer.json",
+        ]
+    with pytest.raises(UsageError, match="R410"):
+        registry.register("bot", "run:demo", storage=storage)
+
+
 def test_a_model_is_no_adapter(registry: Registry, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UsageError, match=r"R425.*is a whole model"):
@@ -320,6 +357,20 @@ def test_readers_see_every_change_and_pay_little_without_one(three: Registry) ->
         reader.alias("bot")
         times.append(time.perf_counter() - start)
     assert sorted(times)[100] < 200e-6
+
+
+def test_a_change_that_leaves_size_and_time_is_seen(three: Registry) -> None:
+    """Two writings within one tick of the file system's clock, the second one in a file of the same number."""
+    three.weigh("bot", {1: 1, 2: 1})
+    file = three.folder / "registry.json"
+    before, stat = file.read_bytes(), file.stat()
+    edition = json.loads(before)["edition"].encode()
+    after = before.replace(b'"2":0.5', b'"3":0.5').replace(edition, edition[::-1])
+    assert three.alias("bot").weights == {1: 0.5, 2: 0.5} and len(after) == len(before) and edition != edition[::-1]
+    with open(file, "r+b") as same:
+        same.write(after)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert three.alias("bot").weights == {1: 0.5, 3: 0.5}
 
 
 def test_partial_copies_are_invisible(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

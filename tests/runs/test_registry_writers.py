@@ -68,6 +68,28 @@ def test_two_writers_lose_nothing(registry: Registry) -> None:
 
 
 @pytest.mark.long
+def test_two_processes_register_versions_of_one_name(registry: Registry, tmp_path: Path) -> None:
+    folders = [[adapter_folder(tmp_path / f"{at + n}", at + n) for n in range(40)] for at in (10, 60)]
+    code = (
+        "import sys\nfrom rayft.runs.registry import Registry\n"
+        "print('ready', flush=True), sys.stdin.read()\n"
+        "for folder in sys.argv[2:]: Registry(sys.argv[1]).register('bot', folder)"
+    )
+    command = [sys.executable, "-c", code, str(registry.folder)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    writers = [subprocess.Popen([*command, *map(str, mine)], **pipes) for mine in folders]
+    assert [writer.stdout.readline() for writer in writers] == [b"ready\n"] * 2
+    for writer in writers:
+        writer.stdin.close()
+    assert [writer.wait() for writer in writers] == [0, 0]
+    versions = registry.alias("bot").versions
+    assert [version.number for version in versions] == list(range(1, 81))
+    for mine in folders:
+        assert [v.source for v in versions if Path(v.source) in mine] == [str(folder) for folder in mine]
+    assert all(Path(version.path, "adapter_model.safetensors").is_file() for version in versions)
+
+
+@pytest.mark.long
 def test_a_killed_writer_leaves_a_whole_registry(registry: Registry) -> None:
     for attempt in range(6):
         writer = start(registry, "one", 10_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 import sys
@@ -73,9 +74,9 @@ class Server:
         self.backend = Noting(self.registry)
         self.experiments = Experiments()
         roots = Roots([str(folder / "allowed"), "hf://friends"], str(folder / "runs"))
-        lifecycle = Lifecycle(self.registry, self.backend, roots, self.experiments)
+        self.lifecycle = Lifecycle(self.registry, self.backend, roots, self.experiments)
         app = FastAPI()
-        app.include_router(router(lifecycle, self._admin))
+        app.include_router(router(self.lifecycle, self._admin))
 
         @app.exception_handler(RayftError)
         async def shaped(request: Request, error: RayftError) -> JSONResponse:
@@ -182,6 +183,42 @@ def test_pins_follow_the_versions_that_answer(server: Server) -> None:
     server.backend.slots = 0
     assert server.add("third", 3.0, status=400, pin=True)["id"] == "R816"
     assert "third" not in server.registry.aliases()
+
+
+def test_pins_follow_what_others_do_to_the_registry(server: Server) -> None:
+    """`rayft registry` in another process, a replica that starts, and a pin that finds no slot."""
+    server.add("bot", 1.0, pin=True)
+    server.add("bot", 2.0)
+    one, two = (version.hash for version in server.registry.alias("bot").versions)
+    other = Registry(server.registry.folder)
+    other.promote("bot", 2)
+
+    async def follow() -> None:
+        watching = asyncio.get_running_loop().create_task(server.lifecycle.watch(0.01))
+        try:
+            for change, expected in (
+                (lambda: None, {one: False, two: True}),
+                (lambda: other.rollback("bot"), {one: True, two: False}),
+                (server.backend.pinned.clear, {}),  # the replicas start again, which nobody tells
+                (lambda: other.pin("bot", False), {one: False}),
+                (lambda: other.pin("bot", True), {one: True}),
+                (lambda: other.remove("bot"), {}),
+            ):
+                change()
+                await asyncio.sleep(0.1)
+                assert server.backend.pinned == expected
+        finally:
+            watching.cancel()
+
+    asyncio.run(follow())
+    server.add("bot", 1.0, pin=True)
+    server.backend.pinned.clear()
+    server.backend.slots = 0
+    asyncio.run(server.lifecycle.sync(everything=True))
+    assert server.backend.pinned == {}
+    server.backend.slots = 1
+    asyncio.run(server.lifecycle.sync(everything=True))
+    assert server.backend.pinned == {one: True}
 
 
 def test_contents_that_another_name_has_stay_loaded(server: Server) -> None:
