@@ -16,7 +16,7 @@ from rayft.config.serve import Serve
 from rayft.serve import errors, replies
 from rayft.serve.backend import Backend
 from rayft.serve.gateway import Gateway
-from rayft.serve.guard import MAX_BODY, Guard
+from rayft.serve.guard import MAX_BODY, Guard, is_loopback
 from rayft.serve.journal import REQUESTS, TEXTS, Journal, Texts
 from rayft.serve.keys import Keys
 from rayft.serve.names import Names
@@ -47,10 +47,10 @@ def build(
     Raises:
         UsageError: R844, the file of API keys cannot be read.
     """
-    recent = operations.Recent()
+    journal = Journal(Path(folder, REQUESTS)) if folder is not None and serve.log_requests else None
+    recent = operations.Recent(journal.tail(operations.WINDOW) if journal else ())
     told = [recent.add, *observers]
-    if folder is not None and serve.log_requests:
-        journal = Journal(Path(folder, REQUESTS))
+    if journal is not None:
         told.append(lambda record: journal.append(record.line()))
     texts = Texts(Path(folder, TEXTS), serve.log_text_days) if folder is not None and serve.log_text else None
     gateway = Gateway(
@@ -70,7 +70,7 @@ def build(
         redoc_url=None,
         lifespan=_running(meanwhile),
     )
-    app.add_middleware(Guard, keys=keys, max_body=max_body)
+    app.add_middleware(Guard, keys=keys, max_body=max_body, only_local=is_loopback(serve.host))
     errors.install(app, statuses)
     app.include_router(operations.health_router(gateway), responses=replies.ERRORS)
     app.include_router(page.router())

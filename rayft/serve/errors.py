@@ -44,6 +44,7 @@ class ApiError(UsageError):
 
 
 _STATUS = {
+    "R420": 500,
     "R813": 429,
     "R815": 404,
     "R831": 404,
@@ -57,9 +58,11 @@ _STATUS = {
     "R839": 500,
     "R840": 404,
     "R841": 405,
+    "R842": 403,
     "R000": 500,
 }
-"""What is not 400 for a UsageError and 500 for any other error. 499: the client has gone, and nobody reads it."""
+"""What is not 400 for a UsageError and 500 for any other error. 499: the client has gone, and nobody reads it. R420, a
+damaged registry, is not the fault of who sends a request."""
 
 _TYPES = {
     401: "authentication_error",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,8 @@ class Journal:
         self.file, self.largest, self.kept = file, largest, kept
         file.parent.mkdir(parents=True, exist_ok=True)
         self._open = self._opened()
+        if self._open.tell() and file.read_bytes()[-1:] != b"\n":
+            self._open.write("\n")  # after a line that a kill tore
 
     def append(self, line: Mapping[str, Any]) -> None:
         self._open.write(json.dumps(line) + "\n")
@@ -34,8 +37,11 @@ class Journal:
             self.file.replace(self._older(1))
             self._open = self._opened()
 
-    def close(self) -> None:
-        self._open.close()
+    def tail(self, most: int) -> list[dict[str, Any]]:
+        """The last lines of the current file, oldest first; one that a kill tore is left out."""
+        with open(self.file, encoding="utf-8") as file:
+            lines = deque(file, maxlen=most)
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def _older(self, number: int) -> Path:
         return self.file.with_name(f"{self.file.name}.{number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -24,8 +25,9 @@ WINDOW = 10_000
 class Recent:
     """The lines of the last requests."""
 
-    def __init__(self) -> None:
-        self.lines: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+    def __init__(self, lines: Iterable[dict[str, Any]] = ()) -> None:
+        """lines: of requests before the server started."""
+        self.lines: deque[dict[str, Any]] = deque(lines, maxlen=WINDOW)
 
     def add(self, record: Record) -> None:
         self.lines.append(record.line())

@@ -17,12 +17,14 @@ import uvicorn
 from fastapi import FastAPI
 from transformers import AutoTokenizer
 
+from rayft.config.recipe import Recipe
 from rayft.config.serve import Serve
 from rayft.inference.settings import EngineSettings
 from rayft.multilora.bank import AdapterState
 from rayft.serve.app import build
 from rayft.serve.job import Content
 from rayft.serve.names import FixedNames
+from rayft.serve.plan import Plan
 from rayft.serve.replica import Replica
 from tests.inference.oracle import reference, sharpened
 
@@ -82,6 +84,22 @@ class World:
         """Nothing runs, waits or holds a place in the cache."""
         engine = self.replica.engine
         return not engine.busy and not engine.scheduler.running
+
+
+def planned(folder: Path, **serve: Any) -> Plan:
+    """For `assemble`: a registry, runs and logs in ``folder``, and these keys of the recipe's `serve`."""
+    data = {"model": {"base": "tiny"}, "data": {"train": "none"}, "storage": str(folder / "runs"), "serve": serve}
+    return Plan(
+        name="test",
+        recipe=Recipe.model_validate(data),
+        base="tiny",
+        base_name=BASE,
+        base_hash="b" * 64,
+        adapters={},
+        sources={},
+        registry=str(folder / "registry"),
+        folder=str(folder / "server"),
+    )
 
 
 @pytest.fixture(scope="session")

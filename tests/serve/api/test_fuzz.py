@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 from openai.types.chat import ChatCompletionChunk
 from schemathesis.checks import CHECKS, load_all_checks
 
-from rayft.config.recipe import Recipe
 from rayft.inference.request import Usage
 from rayft.runs.registry import Registry
 from rayft.serve import keys
 from rayft.serve.assemble import assemble
 from rayft.serve.backend import ModelCard
 from rayft.serve.job import Job, Piece, Token, ToolCall
-from rayft.serve.plan import Plan
-from tests.serve.api.conftest import BASE, World
+from tests.serve.api.conftest import World, planned
 
 load_all_checks()
 QUIET = settings(
@@ -42,15 +40,7 @@ def guarded(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("fuzz")
     Registry(folder / "registry").register("live", world.adapters["anna"].path, stage="production")
     key = keys.add(folder / "keys.json", "boss", admin=True)
-    recipe = Recipe.model_validate(
-        {
-            "model": {"base": "tiny"},
-            "data": {"train": "none"},
-            "storage": str(folder / "runs"),
-            "serve": {"api_keys": str(folder / "keys.json"), "request_timeout": 20.0},
-        }
-    )
-    plan = Plan("fuzz", recipe, "tiny", BASE, "b" * 64, {}, str(folder / "registry"), str(folder / "server"))
+    plan = planned(folder, api_keys=str(folder / "keys.json"), request_timeout=20.0)
     with world.listening(assemble(plan, world.replica)) as url:
         yield url, {"authorization": f"Bearer {key}"}
 

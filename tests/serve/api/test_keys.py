@@ -147,6 +147,33 @@ def test_limits_over_http_and_the_client_tries_again(server_of: Callable[..., st
     assert refused.status_code == 429 and "tokens per minute" in refused.json()["error"]["message"]
 
 
+def test_pages_of_other_sites_may_not_use_an_open_server(server_of: Callable[..., str], tmp_path: Path) -> None:
+    url = server_of()
+    own = url.removeprefix("http://")
+    answers: list[tuple[dict[str, str], int]] = [
+        ({}, 200),
+        ({"origin": url}, 200),  # the page that the server itself shows
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"host": "evil.example"}, 403),
+        ({"host": f"evil.example:{own.partition(':')[2]}"}, 403),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+        ({"host": "["}, 403),
+    ]
+    for headers, status in answers:
+        response = httpx.get(f"{url}/v1/models", headers=headers)
+        assert response.status_code == status, (headers, response.text)
+    assert (
+        httpx.get(f"{server_of(Serve(host='0.0.0.0'))}/v1/models", headers={"host": "rayft.example"}).status_code == 200
+    )
+    file = tmp_path / "keys.json"
+    key = keys.add(file, "x")
+    guarded = server_of(Serve(api_keys=str(file)))
+    headers = {"host": "rayft.example", "origin": "https://other.example", **bearer(key)}
+    assert httpx.get(f"{guarded}/v1/models", headers=headers).status_code == 200
+
+
 def test_buckets() -> None:
     now = [0.0]
     limits = Limits(clock=lambda: now[0])

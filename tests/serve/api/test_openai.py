@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,11 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from rayft.config.serve import Serve
+from rayft.inference.settings import EngineSettings
 from rayft.serve import replies
+from rayft.serve.replica import Replica
 from tests.conftest import CORPUS
+from tests.inference.oracle import sharpened
 from tests.serve.api.conftest import World
 
 ASK = [{"role": "user", "content": "Please order two pizzas"}]
@@ -281,7 +285,8 @@ def test_who_hangs_up_frees_everything(http: httpx.Client, url: str, world: Worl
     until_idle(world)
     before = world.replica.engine.counters.completion_tokens
     with http.stream("POST", "/v1/chat/completions", json=ENDLESS | {"stream": True}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
         assert not world.idle()
     until_idle(world)
     with pytest.raises(httpx.ReadTimeout):
@@ -304,6 +309,35 @@ def test_a_request_ends_when_its_time_is_over(server_of: Callable[..., str], wor
         last = list(source.iter_sse())[-1].json()
     assert last["error"]["code"] == "R836"
     until_idle(world)
+
+
+def test_too_much_is_waiting(server_of: Callable[..., str], world: World, tiny_model_folder: str) -> None:
+    async def made() -> Replica:
+        settings = EngineSettings(max_num_seqs=1, max_num_batched_tokens=16, max_queued_tokens=1)
+        return Replica(sharpened(tiny_model_folder), world.tokenizer, "tiny", settings=settings)
+
+    replica = world.loop.run(made())
+    url = server_of(Serve(max_queued_tokens=1), backend=replica)
+    body = ENDLESS | {"model": "tiny", "stream": True}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body) as running:
+        lines = running.iter_lines()  # closed, and with it the stream, when nobody holds it
+        next(lines)
+        short = body | {"max_tokens": 1}
+        waiting = threading.Thread(target=lambda: httpx.post(f"{url}/v1/chat/completions", json=short, timeout=60))
+        waiting.start()
+        end = time.monotonic() + 20
+        while replica.engine.has_room:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        refused = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"] == {
+            "message": refused.json()["error"]["message"], "type": "rate_limit_error", "param": None,
+            "code": "server_overloaded",
+        }  # fmt: skip
+        assert httpx.get(f"{url}/ready").status_code == 503 and httpx.get(f"{url}/health").status_code == 200
+    waiting.join()
+    replica.close()
 
 
 def test_idle_streams_get_comments(server_of: Callable[..., str], world: World) -> None:

@@ -110,7 +110,8 @@ def test_counters_summary_and_log_are_the_sum_of_usage(fresh: httpx.Client, tmp_
 def test_a_hang_up_is_recorded_and_not_billed(fresh: httpx.Client, tmp_path: Path) -> None:
     endless = ASK | {"stream": True, "max_tokens": 1900, "ignore_eos": True}
     with fresh.stream("POST", CHAT, json=endless) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()
+        next(lines)
     (line,) = lines_of(tmp_path, 1)
     assert (line["status"], line["error"], line["completion_tokens"]) == (499, "R837", 0)
     assert line["first_token"] is not None
@@ -181,6 +182,18 @@ def test_a_journal_is_set_aside_when_it_is_large(tmp_path: Path) -> None:
     text = "".join((tmp_path / name).read_text() for name in reversed(names))
     numbers = [json.loads(line)["number"] for line in text.splitlines()]
     assert numbers == list(range(numbers[0], 40))
+
+
+def test_the_summary_goes_on_where_a_killed_server_stopped(server_of: Callable[..., str], tmp_path: Path) -> None:
+    def ask() -> dict[str, Any]:
+        with httpx.Client(base_url=server_of(folder=tmp_path), timeout=30) as http:
+            http.post(CHAT, json=ASK)
+            return http.get("/performance_summary").json()
+
+    assert ask()["requests"] == 1
+    with open(tmp_path / "requests.jsonl", "a") as file:
+        file.write('{"id": "chatcm')
+    assert ask()["requests"] == 2 and ask()["requests"] == 3
 
 
 def test_texts_are_kept_where_asked_for_and_not_for_longer(server_of: Callable[..., str], tmp_path: Path) -> None:

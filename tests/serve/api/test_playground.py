@@ -12,12 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from rayft.config.recipe import Recipe
 from rayft.runs.registry import Registry
 from rayft.serve import keys
 from rayft.serve.assemble import assemble
-from rayft.serve.plan import Plan
-from tests.serve.api.conftest import BASE, World
+from tests.serve.api.conftest import World, planned
 from tests.serve.browser import CHROMIUM, opened
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
@@ -39,9 +37,7 @@ def site(world: World, folder: Path, api_keys: Path | None = None) -> Iterator[s
     registry.register("live", world.adapters["bert"].path, stage="staging")
     registry.weigh("live", {1: 0.85, 2: 0.15})
     registry.register("orders", world.adapters["carl"].path, stage="production")
-    data = {"model": {"base": "tiny"}, "data": {"train": "none"}, "storage": str(folder / "runs")}
-    recipe = Recipe.model_validate(data | {"serve": {"api_keys": str(api_keys) if api_keys else None}})
-    plan = Plan("test", recipe, "tiny", BASE, "b" * 64, {}, str(folder / "registry"), str(folder / "server"))
+    plan = planned(folder, api_keys=str(api_keys) if api_keys else None)
     with world.listening(assemble(plan, world.replica)) as url:
         yield url
 

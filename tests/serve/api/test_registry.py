@@ -14,12 +14,10 @@ import httpx
 import pytest
 from openai.types import Model
 
-from rayft.config.recipe import Recipe
 from rayft.runs.registry import Registry
 from rayft.serve import keys
 from rayft.serve.assemble import assemble
-from rayft.serve.plan import Plan
-from tests.serve.api.conftest import BASE, World
+from tests.serve.api.conftest import World, planned
 
 CHAT = "/v1/chat/completions"
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Please order"}], "max_tokens": 8, "temperature": 0}
@@ -51,15 +49,7 @@ def site(world: World, tmp_path: Path) -> Iterator[Site]:
     user, boss = (
         {"authorization": f"Bearer {keys.add(file, name, admin=name == 'boss')}"} for name in ("user", "boss")
     )
-    recipe = Recipe.model_validate(
-        {
-            "model": {"base": "tiny"},
-            "data": {"train": "none"},
-            "storage": str(tmp_path / "runs"),
-            "serve": {"api_keys": str(file), "roots": [str(Path(world.adapters["anna"].path).parent)]},
-        }
-    )
-    plan = Plan("test", recipe, "tiny", BASE, "b" * 64, {}, str(tmp_path / "registry"), str(tmp_path / "server"))
+    plan = planned(tmp_path, api_keys=str(file), roots=[str(Path(world.adapters["anna"].path).parent)])
     with world.listening(assemble(plan, world.replica)) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield Site(registry, http, user, boss)
 
@@ -92,6 +82,16 @@ def test_names_versions_stages_and_hashes(site: Site, alone: dict[str, str], wor
     assert cards[1]["parent"] == "tiny" and cards[1]["root"] == world.adapters["anna"].path
     site.registry.strengthen("live", 0.0)
     assert site.text("live") == alone["tiny"] and site.text("live", lora_strength=1) == alone["anna"]
+
+
+def test_a_damaged_registry_is_not_the_fault_of_who_asks(site: Site) -> None:
+    file = site.registry.folder / "registry.json"
+    whole = file.read_text()
+    file.write_text(whole[:50])
+    assert site.ask("live").status_code == 500 and site.ask("live").json()["error"]["code"] == "R420"
+    assert site.ask("tiny").status_code == 200
+    file.write_text(whole)
+    assert site.ask("live").status_code == 200
 
 
 def test_a_canary_keeps_its_users_and_a_rollback_is_at_once(site: Site, alone: dict[str, str]) -> None:
