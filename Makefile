@@ -12,7 +12,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 # One process runs all tests with Ray, the other one the rest (tests/conftest.py).
 IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help venv quickstart lint test test-fast test-slow test-gpu demo-kill bench clean
+.PHONY: help venv quickstart lint test test-fast test-slow test-gpu demo-kill demo-live bench clean
 
 help:
 	@echo "make quickstart  train and score a tool-calling adapter on the demo model (under 10 minutes on 2 cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-fast   without Ray and without the demo model (under 3 minutes)"
 	@echo "make test-slow   the full sizes; records the outcome in tests/slow.json"
 	@echo "make demo-kill   kill -9 a worker and the driver of a run, and compare its curve with an undisturbed one"
+	@echo "make demo-live   a finished run goes live on a server under load: canary, promotion, rollback"
 	@echo "make bench       speed and memory claims as JSON lines (ARGS=--quick for under 5 minutes)"
 
 venv: $(STAMP)
@@ -55,9 +56,13 @@ test-gpu: $(STAMP)
 demo-kill: $(STAMP)
 	$(BIN)/python examples/demo_kill.py $(ARGS)
 
+demo-live: $(STAMP)
+	$(BIN)/python examples/demo_live.py $(ARGS)
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train.py $(ARGS)
 	$(BIN)/python benchmarks/tune.py $(ARGS)
+	$(BIN)/python benchmarks/serve.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
