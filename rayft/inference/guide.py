@@ -20,8 +20,10 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from rayft.errors import UsageError
 from rayft.inference.grammar import Grammar
-from rayft.inference.grammar_text import checked, refused, to_llguidance
+from rayft.inference.grammar_limits import refused
+from rayft.inference.grammar_text import to_llguidance
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -69,7 +71,8 @@ class Guides:
         """vocabulary: rows of the model's head, which may be more or fewer than the tokens of a tokenizer."""
         self.vocabulary = vocabulary
         self._tokenizers: _Latest[LLTokenizer] = _Latest(tokenizers)
-        self._matchers: _Latest[LLMatcher] = _Latest(grammars)
+        self._matchers: _Latest[LLMatcher | UsageError] = _Latest(grammars)
+        """Refusals too: to find one can take as long as to compile."""
         self._contents: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
         """Tokenizer object -> hash of all that it does: adapters bring copies of the same tokenizer."""
 
@@ -80,13 +83,14 @@ class Guides:
             UsageError: R817, a grammar that is not valid, too large or not supported, or a tokenizer that llguidance
                 cannot read.
         """
-        checked(grammar)
         ends = tuple(sorted(token for token in set(end_ids) if token < self.vocabulary))
         if not ends:
             raise refused(grammar.kind, "the model has no end token, so that no answer could end")
         content = self._content(grammar, tokenizer)
         compiled = self._tokenizers.get((content, ends), lambda: self._read(grammar, tokenizer, ends))
         matcher = self._matchers.get((content, ends, grammar), lambda: _compile(grammar, compiled))
+        if isinstance(matcher, UsageError):
+            raise UsageError(matcher.id, matcher.message, matcher.hint)
         return Guide(matcher.deep_copy(), _words(compiled), self.vocabulary, ends)
 
     def _content(self, grammar: Grammar, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -108,11 +112,11 @@ class Guides:
             raise refused(grammar.kind, f"llguidance cannot read the tokenizer: {_brief(str(error))}") from error
 
 
-def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
+def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher | UsageError:
     """At the beginning of an answer, its first mask computed: what that took is in every copy.
 
-    The limits are llguidance's own, but for the first two, which bound memory: a state takes up to 2 kB. A step that
-    needs more ends its own request and no other one.
+    The first two limits, which bound memory (a state takes up to 2 kB), and the last, which bounds the time of a step,
+    are lower than llguidance's own. A step that needs more ends its own request and no other one.
     """
     from llguidance import LLMatcher, LLParserLimits
 
@@ -121,15 +125,17 @@ def _compile(grammar: Grammar, tokenizer: LLTokenizer) -> LLMatcher:
         max_lexer_states=50_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
-        step_max_items=50_000,
+        step_max_items=20_000,
         verbose_errors=False,
     )
-    matcher = LLMatcher(tokenizer, to_llguidance(grammar), log_level=0, limits=limits)
+    try:
+        text = to_llguidance(grammar)
+    except UsageError as error:
+        return error
+    matcher = LLMatcher(tokenizer, text, log_level=0, limits=limits)
     if not matcher.is_error():
         matcher.compute_bitmask()
-    if matcher.is_error():
-        raise refused(grammar.kind, _brief(matcher.get_error()))
-    return matcher
+    return refused(grammar.kind, _brief(matcher.get_error())) if matcher.is_error() else matcher
 
 
 def _words(tokenizer: LLTokenizer) -> int:
@@ -141,7 +147,7 @@ def _lost(reason: str) -> str:
 
 
 def _brief(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.replace("<non-verbose/>", "").split())
     return line if len(line) <= 300 else line[:300] + " ..."
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from rayft.errors import UsageError
 from rayft.inference.grammar import Grammar
+from rayft.inference.grammar_text import JSON
 from rayft.serve.job import Conversation
 from rayft.serve.tool_style import ToolStyle
 
 MOST_CALLS = 16
 """Calls of one answer that is forced to call: a model that never stops would fill its context with them."""
 NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
-BLANKS = {"whitespace_pattern": r"( |\n[ \t]{0,32})"}
 
 Tool = dict[str, Any]
 
@@ -61,7 +61,7 @@ def forced_call(style: ToolStyle, tools: Sequence[Tool], choice: str) -> Grammar
     rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
     for index, function in enumerate(functions):
         head = f"{{{json.dumps(style.name)}: {json.dumps(function['name'])}, {json.dumps(style.arguments)}: "
-        schema = {**(function.get("parameters") or NO_PARAMETERS), "x-guidance": BLANKS}
+        schema = {**(function.get("parameters") or NO_PARAMETERS), "x-guidance": JSON}
         rules.append(f"call_{index}: {_text(head)} arguments_{index} {_text('}')}")
         rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
     return Grammar("lark", "\n".join(rules))

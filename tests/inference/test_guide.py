@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
 import jsonschema
@@ -314,13 +315,21 @@ def bad() -> Iterator[Any]:
         "deep": ("json_schema", deep),
         "deeper": ("json_schema", "[" * 100_000),
         "large": ("json_schema", json.dumps({"enum": ["x" * 300_000]})),
+        "many patterns": ("json_schema", json.dumps({"anyOf": [{"type": "string", "pattern": ".*" * 99}] * 30})),
+        "fine steps": ("json_schema", '{"type": "integer", "multipleOf": 99999989}'),
+        "fine common steps": ("json_schema", '{"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}'),
+        "no steps": ("json_schema", '{"type": "number", "multipleOf": 1e300}'),
         "regex": ("regex", "(a"),
+        "long regex": ("regex", ".*" * 20_000),
         "nothing": ("regex", "^$"),
         "lookahead": ("regex", "(?=a)b"),
         "brackets": ("regex", "(" * 5_000 + ")" * 5_000),
         "lark": ("lark", "start: missing"),
         "lark without start": ("lark", 'rule: "a"'),
         "lark brackets": ("lark", "start: " + "(" * 100_000),
+        "long lark": ("lark", "start: A\nA: " + "/.*/ " * 20_000),
+        "lark steps": ("lark", 'start: %json {"type": "integer", "multiple\\u004ff": 99999989}'),
+        "lark schema": ("lark", "start: %json {'a': 1}"),
         "lark remote": ("lark", 'start: %json {"$ref": "https://example.com/schema.json"}'),
         "no choices": ("choice", "[]"),
         "numbers": ("choice", "[1]"),
@@ -331,9 +340,21 @@ def bad() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("kind", "value"), bad())
 def test_what_cannot_be_followed_is_refused(tokenizer: Any, kind: Any, value: str) -> None:
-    with pytest.raises(UsageError, match=rf"R817: structured output \({kind}\): \S") as error:
-        Guides(len(tokenizer)).guide(Grammar(kind, value), tokenizer, {2})
+    guides = Guides(len(tokenizer))
+    for _ in range(2):
+        with pytest.raises(UsageError, match=rf"R817: structured output \({kind}\): \S") as error:
+            guides.guide(Grammar(kind, value), tokenizer, {2})
     assert len(error.value.message) < 500 and "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("step", [7, 250, 0.01, 0.25, 1.5])
+def test_steps_within_the_limit_are_kept(tokenizer: Any, step: float) -> None:
+    schema = {"type": "number", "multipleOf": step, "minimum": -9999, "maximum": 9999}
+    guides = Guides(len(tokenizer))
+    for seed in range(6):
+        guide = guides.guide(Grammar("json_schema", json.dumps(schema)), tokenizer, {2})
+        value = Decimal(tokenizer.decode(walk(guide, seed)))
+        assert value % Decimal(str(step)) == 0
 
 
 class Broken:
