@@ -38,11 +38,11 @@ def fresh(server_of: Callable[..., str], tmp_path: Path) -> Iterator[httpx.Clien
 
 
 def samples(http: httpx.Client) -> dict[tuple[str, ...], float]:
-    """(name, values of the labels...) -> value."""
+    """(name, values of the labels but the base's name...) -> value."""
     response = http.get("/metrics")
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain")
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(value for label, value in sample.labels.items() if label != "model_name")): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
@@ -95,6 +95,7 @@ def test_counters_summary_and_log_are_the_sum_of_usage(fresh: httpx.Client, tmp_
     assert found["vllm:e2e_request_latency_seconds_count", "tiny"] == 2
     assert found["rayft:request_errors_total", "404"] == found["rayft:request_errors_total", "400"] == 1
     assert found["vllm:num_requests_running", "0"] == 0
+    assert 'vllm:prompt_tokens_total{adapter="anna",model_name="tiny"}' in fresh.get("/metrics").text
 
     told = fresh.get("/performance_summary").json()
     replies.Summary.model_validate(told)
