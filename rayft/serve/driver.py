@@ -37,10 +37,14 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """End it; requests that are running have 30 seconds."""
+        """End it, if it runs; requests that are running have 30 seconds."""
         from ray import serve
 
+        if _listening() is None:
+            return
         serve.delete(application_name(self.name))
+        if not serve.status().applications:
+            serve.shutdown()  # its proxies would keep the port
 
 
 def deploy(
@@ -65,10 +69,17 @@ def deploy(
 
     sources: list[Any] = [] if source is None else list(source) if isinstance(source, list | tuple) else [source]
     planned = plan(sources, overrides)
-    check_address(planned.recipe, insecure)
-    register(planned)
+    section = planned.recipe.serve
+    check_keys(planned.recipe, section.host, insecure)
+    if session.existing() is None:
+        check_address(section.host, section.port)
     address = session.connect(planned.recipe)
-    return _start(planned, address, patience)
+    host, port = _listening() or (section.host, section.port or _free_port(section.host))
+    check_keys(planned.recipe, host, insecure)
+    if _listening() is None:
+        check_address(host, port)
+    register(planned)
+    return _start(planned, address, host, port, patience)
 
 
 def check_keys(recipe: Recipe, host: str, insecure: bool) -> None:
@@ -81,10 +92,8 @@ def check_keys(recipe: Recipe, host: str, insecure: bool) -> None:
         )
 
 
-def check_address(recipe: Recipe, insecure: bool) -> None:
-    """Raises UsageError R862 (the port is in use) or R863 (open to others without keys)."""
-    host, port = recipe.serve.host, recipe.serve.port
-    check_keys(recipe, host, insecure)
+def check_address(host: str, port: int) -> None:
+    """Raises UsageError R862 for a port that is in use, or an address that is not this machine's."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -121,22 +130,28 @@ def bind(planned: Plan) -> Any:
     return application(planned, device, threads, placement.resources)
 
 
-def _start(planned: Plan, address: str, patience: float) -> Server:
+def _start(planned: Plan, address: str, host: str, port: int, patience: float) -> Server:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    section = planned.recipe.serve
-    port = section.port or _free_port(section.host)
     app, name = bind(planned), application_name(planned.name)
-    serve.start(http_options=HTTPOptions(host=section.host, port=port))
+    serve.start(http_options=HTTPOptions(host=host, port=port))
     try:
         serve.run(app, name=name, route_prefix="/")
     except Exception as error:
         serve.delete(name)
         raise RunFailed("R864", f"the server did not start: {_last_line(error)}") from error
-    url = f"http://{'127.0.0.1' if section.host in ('0.0.0.0', '::') else section.host}:{port}"
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
     _wait(url, patience)
     return Server(planned.name, url, (planned.base_name, *planned.adapters), planned.folder, address)
+
+
+def _listening() -> tuple[str, int] | None:
+    """Where Ray Serve listens on this cluster, if it runs already; that cannot be changed under other applications."""
+    from ray.serve.context import _get_global_client  # Ray Serve does not say it publicly
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else (client.http_config.host, client.http_config.port)
 
 
 def _place(recipe: Recipe) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from rayft.errors import RunFailed, UsageError
 from rayft.home import home
 from rayft.runs.storage import locate, write_atomic
-from rayft.serve.driver import Server, application_name
+from rayft.serve.driver import Server
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,11 @@ def _said(output: str, code: int) -> RunFailed | UsageError:
 
 
 def _delete(record: Record) -> None:
-    from ray import serve
-
     from rayft.runtime import session
 
     os.environ.setdefault("RAY_ADDRESS", record.ray_address)
     session.connect()
-    serve.delete(application_name(record.name))
+    Server(record.name, record.url, record.models, record.folder, record.ray_address).stop()
 
 
 def _end_process(pid: int, patience: float) -> None:
