@@ -92,7 +92,8 @@ class Measure:
 
     def text(self, states: Sequence[ReplicaState], running: Iterable[str]) -> bytes:
         """What Prometheus reads. running: names of requests that are being answered."""
-        self._states, self._running = states, sorted({self.label(name) for name in running})
+        self._states = states
+        self._running = sorted({self.label(name) for name in running if name != self.base})
         return generate_latest(self.registry)
 
     def gauges(self) -> Iterator[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
@@ -117,6 +118,16 @@ def test_a_hang_up_is_recorded_and_not_billed(fresh: httpx.Client, tmp_path: Pat
     assert (line["status"], line["error"], line["completion_tokens"]) == (499, "R837", 0)
     assert line["first_token"] is not None
     assert ("vllm:generation_tokens_total", "tiny") not in samples(fresh)
+
+
+def test_metrics_say_which_adapters_answer_now(fresh: httpx.Client) -> None:
+    endless = ASK | {"stream": True, "max_tokens": 1900, "ignore_eos": True}
+    with contextlib.ExitStack() as stack:
+        for model in ("carl", "anna", "tiny"):
+            response = stack.enter_context(fresh.stream("POST", CHAT, json=endless | {"model": model}))
+            assert response.status_code == 200
+        text = fresh.get("/metrics").text
+    assert 'running_lora_adapters="anna,carl"' in text and 'max_lora="32"' in text
 
 
 class Elsewhere:
