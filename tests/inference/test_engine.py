@@ -200,6 +200,34 @@ def test_adapters_compute_in_the_number_format_of_the_base(
     assert distance("hugo") < 0.3 < 1 < distance(None)
 
 
+def test_a_mix_in_bf16_is_answered_as_by_peft_in_bf16(tiny_model_folder: str, peft: Reference, tokenizer: Any) -> None:
+    """What a CPU computes otherwise than in fp32: weights that are laid out for it, attention of many by matmuls."""
+    engine = Engine(sharpened(tiny_model_folder).to(torch.bfloat16), tokenizer)
+    for name, state in peft.states.items():
+        engine.register(state, name)
+    generator = torch.Generator().manual_seed(6)
+    names = [None, *RANKS] * 2
+    prompts = [random_prompt(generator, len(tokenizer), 40) for _ in names]
+    sampling = SamplingParams(12, logprobs=True, ignore_eos=True)
+    answers = [
+        ask(engine, Request(str(number), prompt, name, sampling=sampling))
+        for number, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+    ]
+    finish(engine)
+    off, other = [], []
+    for prompt, name, answer in zip(prompts, names, answers, strict=True):
+        reported = torch.tensor([event.logprob for event in answer.events])
+
+        def distance(adapter: str | None, prompt: Any = prompt, answer: Any = answer, own: Any = reported) -> float:
+            logprobs = peft.logits(prompt, answer.ids, adapter).log_softmax(-1)
+            return float((logprobs.gather(1, torch.tensor(answer.ids)[:, None])[:, 0] - own).abs().mean())
+
+        off.append(distance(name))
+        other.append(distance("hugo" if name != "hugo" else "anna"))
+    assert max(off) < 0.5 < sum(other) / len(other)
+    assert sum(off) / len(off) < 0.15
+
+
 def test_cancel_frees_everything_at_once(engine_with: Any, tokenizer: Any) -> None:
     engine = engine_with(enable_prefix_caching=False, max_num_seqs=4)
     sampling = SamplingParams(max_new_tokens=50)
