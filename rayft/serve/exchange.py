@@ -62,8 +62,10 @@ class Exchange:
         self.id, self.created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
         self._began = time.monotonic()
         self.fingerprint: str | None = None
-        self.headers: dict[str, str] = {"x-request-id": self.id}
+        self.headers: dict[str, str] = {"x-rayft-id": self.id}
         """Of the response; once entered, with what answered."""
+        if "x-request-id" not in request.headers:  # else a proxy, such as Ray Serve's, gives it back
+            self.headers["x-request-id"] = self.id
         key = caller(request)
         self.record = Record(
             id=self.id,

@@ -72,7 +72,9 @@ class Gateway:
             failed, self._loading = self._loading, None
             log.error("the backend does not say what it serves: %s", "" if failed.cancelled() else failed.exception())
             raise ApiError("R838", "no engine answers", "try again soon", retry_after=LOADING)
-        return self._loading.result()
+        card = self._loading.result()
+        self.measure.base = card.name
+        return card
 
     async def states(self) -> list[ReplicaState]:
         """What the replicas are doing now. Raises ApiError R838 when they do not say."""

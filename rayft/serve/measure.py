@@ -14,6 +14,7 @@ from rayft.serve.record import Record
 MOST_NAMES = 100
 """Adapters with a label of their own: those that were asked for first. All others count as `other`."""
 OTHER = "other"
+_OWN = ("model_name", "adapter")
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -24,6 +25,8 @@ class Measure:
     """All numbers of one server. The token counters are the sums of what `usage` says."""
 
     def __init__(self, most_names: int = MOST_NAMES) -> None:
+        self.base = ""
+        """Name of the base, vLLM's label `model_name`; set before the first request ends."""
         self._most = most_names
         self._names: set[str] = set()
         self._states: Sequence[ReplicaState] = ()
@@ -57,25 +60,25 @@ class Measure:
         if record.status != 200:
             self._failed.labels(str(record.status)).inc()
             return
-        name = self.label(record.name)
-        self._prompt.labels(name).inc(record.prompt_tokens)
-        self._cached.labels(name).inc(record.cached_tokens)
-        self._generated.labels(name).inc(record.completion_tokens)
+        own = (self.base, self.label(record.name))
+        self._prompt.labels(*own).inc(record.prompt_tokens)
+        self._cached.labels(*own).inc(record.cached_tokens)
+        self._generated.labels(*own).inc(record.completion_tokens)
         for reason in record.finish_reasons:
-            self._success.labels(name, reason).inc()
+            self._success.labels(*own, reason).inc()
         self._hits.inc(record.from_cache)
-        self._seconds.labels(name).observe(record.seconds)
-        self._prompts.labels(name).observe(record.prompt_tokens)
-        self._answers.labels(name).observe(record.completion_tokens)
-        self._n.labels(name).observe(record.answers)
+        self._seconds.labels(*own).observe(record.seconds)
+        self._prompts.labels(*own).observe(record.prompt_tokens)
+        self._answers.labels(*own).observe(record.completion_tokens)
+        self._n.labels(*own).observe(record.answers)
         if record.max_tokens is not None:
-            self._most_tokens.labels(name).observe(record.max_tokens)
+            self._most_tokens.labels(*own).observe(record.max_tokens)
         if record.first_token is not None:
-            self._first.labels(name).observe(record.first_token)
+            self._first.labels(*own).observe(record.first_token)
             each = record.completion_tokens / record.answers - 1
             if each > 0:
-                self._per_token.labels(name).observe((record.seconds - record.first_token) / each)
-        gaps = self._gap.labels(name)
+                self._per_token.labels(*own).observe((record.seconds - record.first_token) / each)
+        gaps = self._gap.labels(*own)
         for gap in record.gaps:
             gaps.observe(gap)
 
@@ -89,7 +92,8 @@ class Measure:
 
     def text(self, states: Sequence[ReplicaState], running: Iterable[str]) -> bytes:
         """What Prometheus reads. running: names of requests that are being answered."""
-        self._states, self._running = states, sorted({self.label(name) for name in running})
+        self._states = states
+        self._running = sorted({self.label(name) for name in running if name != self.base})
         return generate_latest(self.registry)
 
     def gauges(self) -> Iterator[Metric]:
@@ -105,10 +109,10 @@ class Measure:
             "rayft:gpu_memory_bytes": ("Bytes on the device", [s.gpu_memory for s in self._states]),
         }
         for name, (help, values) in now.items():
-            gauge = GaugeMetricFamily(name, help, labels=["engine"])
+            gauge = GaugeMetricFamily(name, help, labels=["model_name", "engine"])
             for state, value in zip(self._states, values, strict=True):
                 if value is not None:
-                    gauge.add_metric([state.id], value)
+                    gauge.add_metric([self.base, state.id], value)
             yield gauge
         since_start: dict[str, tuple[str, Sequence[int]]] = {
             "vllm:num_preemptions": ("Requests that gave their place back", [s.preemptions for s in self._states]),
@@ -117,9 +121,9 @@ class Measure:
             "rayft:steps": ("Forward passes", [s.steps for s in self._states]),
         }
         for name, (help, counts) in since_start.items():
-            counter = CounterMetricFamily(name, help, labels=["engine"])
+            counter = CounterMetricFamily(name, help, labels=["model_name", "engine"])
             for state, number in zip(self._states, counts, strict=True):
-                counter.add_metric([state.id], number)
+                counter.add_metric([self.base, state.id], number)
             yield counter
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
@@ -132,10 +136,10 @@ class Measure:
         yield info
 
     def _counter(self, name: str, help: str, *labels: str, own: bool = True) -> Counter:
-        return Counter(f"vllm:{name}", help, [*(["adapter"] if own else []), *labels], registry=self.registry)
+        return Counter(f"vllm:{name}", help, [*(_OWN if own else ()), *labels], registry=self.registry)
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(f"vllm:{name}", help, ["adapter"], buckets=buckets, registry=self.registry)
+        return Histogram(f"vllm:{name}", help, _OWN, buckets=buckets, registry=self.registry)
 
 
 class _Replicas:

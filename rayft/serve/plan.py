@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: 
             "serve it alone, or name adapters on it",
         )
     first = found[0]
-    recipe = first.recipe
+    recipe = _placed(first.recipe)
     base, name = recipe.model.base, _name_of(recipe.model.base)
     if full:
         assert first.trained is not None
@@ -85,6 +86,17 @@ def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: 
     registry = recipe.serve.registry or str(here / "registry")
     server = _server_name(first, name)
     return Plan(server, recipe, base, name, hash, adapters, said, registry, str(here / "servers" / server))
+
+
+def _placed(recipe: Recipe) -> Recipe:
+    """With absolute paths: replicas and the HTTP side run in other folders, maybe of other machines."""
+    places = {name: _absolute(place) for name in ("api_keys", "registry") if (place := getattr(recipe.serve, name))}
+    serve = recipe.serve.model_copy(update={**places, "roots": [_absolute(root) for root in recipe.serve.roots]})
+    return recipe.model_copy(update={"serve": serve, "storage": _absolute(recipe.storage)})
+
+
+def _absolute(place: str) -> str:
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def _server_name(first: Subject, base: str) -> str:

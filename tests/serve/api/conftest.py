@@ -83,7 +83,7 @@ class World:
     def idle(self) -> bool:
         """Nothing runs, waits or holds a place in the cache."""
         engine = self.replica.engine
-        return not engine.busy and not engine.scheduler.running
+        return not engine.busy and engine.cache.used == 0
 
 
 def planned(folder: Path, **serve: Any) -> Plan:

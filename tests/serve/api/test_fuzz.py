@@ -63,7 +63,7 @@ fuzz = schemathesis.pytest.from_fixture("api")
 
 @pytest.mark.long
 @fuzz.parametrize()
-@QUIET
+@settings(QUIET, max_examples=8)
 def test_every_route(case: Any) -> None:
     if isinstance(case.body, dict):
         _shortened(case.body)

@@ -58,7 +58,11 @@ def test_a_chat(client: openai.OpenAI, http: httpx.Client) -> None:
     assert answer.system_fingerprint == "fp_" + "b" * 12
     same = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=8, temperature=0)  # type: ignore[arg-type]
     assert same.choices[0].message.content == answer.choices[0].message.content
-    assert same.id != answer.id
+    assert same.id != answer.id and same._request_id == same.id
+    proxied = http.post(
+        "/v1/chat/completions", json={"model": "tiny", "messages": ASK, "max_tokens": 1}, headers={"x-request-id": "7"}
+    )
+    assert proxied.headers["x-rayft-id"] == proxied.json()["id"] and "x-request-id" not in proxied.headers
 
 
 def test_adapters_answer_under_their_names_and_hashes(http: httpx.Client, world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import Counter
@@ -38,11 +39,11 @@ def fresh(server_of: Callable[..., str], tmp_path: Path) -> Iterator[httpx.Clien
 
 
 def samples(http: httpx.Client) -> dict[tuple[str, ...], float]:
-    """(name, values of the labels...) -> value."""
+    """(name, values of the labels but the base's name...) -> value."""
     response = http.get("/metrics")
     assert response.status_code == 200 and response.headers["content-type"].startswith("text/plain")
     return {
-        (sample.name, *sample.labels.values()): sample.value
+        (sample.name, *(value for label, value in sample.labels.items() if label != "model_name")): sample.value
         for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
@@ -95,6 +96,7 @@ def test_counters_summary_and_log_are_the_sum_of_usage(fresh: httpx.Client, tmp_
     assert found["vllm:e2e_request_latency_seconds_count", "tiny"] == 2
     assert found["rayft:request_errors_total", "404"] == found["rayft:request_errors_total", "400"] == 1
     assert found["vllm:num_requests_running", "0"] == 0
+    assert 'vllm:prompt_tokens_total{adapter="anna",model_name="tiny"}' in fresh.get("/metrics").text
 
     told = fresh.get("/performance_summary").json()
     replies.Summary.model_validate(told)
@@ -116,6 +118,16 @@ def test_a_hang_up_is_recorded_and_not_billed(fresh: httpx.Client, tmp_path: Pat
     assert (line["status"], line["error"], line["completion_tokens"]) == (499, "R837", 0)
     assert line["first_token"] is not None
     assert ("vllm:generation_tokens_total", "tiny") not in samples(fresh)
+
+
+def test_metrics_say_which_adapters_answer_now(fresh: httpx.Client) -> None:
+    endless = ASK | {"stream": True, "max_tokens": 1900, "ignore_eos": True}
+    with contextlib.ExitStack() as stack:
+        for model in ("carl", "anna", "tiny"):
+            response = stack.enter_context(fresh.stream("POST", CHAT, json=endless | {"model": model}))
+            assert response.status_code == 200
+        text = fresh.get("/metrics").text
+    assert 'running_lora_adapters="anna,carl"' in text and 'max_lora="32"' in text
 
 
 class Elsewhere:
