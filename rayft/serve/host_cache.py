@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import json
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,12 +45,14 @@ class HostCache:
         """By content hash, the least recently used first."""
         self._telling = asyncio.Lock()
         """The engine learns and forgets adapters one after the other, in the order in which it was decided."""
+        self._freed = 0
+        """Bytes since memory was last returned to the system."""
 
     @property
     def hashes(self) -> tuple[str, ...]:
         return tuple(hash for hash, entry in self._entries.items() if entry.ready.is_set())
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def using(self, content: Content) -> AsyncIterator[None]:
         """The engine knows the adapter inside, whatever else happens.
 
@@ -126,8 +129,11 @@ class HostCache:
         """Give up what nobody wants, then what was not used for longest, until the rest is within the limit."""
         async with self._telling:
             while (hash := self._superfluous()) is not None:
-                del self._entries[hash]
+                self._freed += self._entries.pop(hash).size
                 await asyncio.to_thread(self.engine.forget, hash)
+            if self._freed > self.limit // 8:
+                self._freed = 0
+                await asyncio.to_thread(_return_memory)
 
     def _superfluous(self) -> str | None:
         idle = [(hash, e) for hash, e in self._entries.items() if e.ready.is_set() and not e.users and not e.pinned]
@@ -136,3 +142,9 @@ class HostCache:
                 return hash
         over = sum(entry.size for entry in self._entries.values()) > self.limit
         return idle[0][0] if over and idle else None
+
+
+def _return_memory() -> None:
+    """glibc keeps freed memory that lies between used one: after some thousand adapters, half as much again."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
