@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from rayft.errors import UsageError
-from rayft.multilora.bank import AdapterState, Bank
+from rayft.multilora.bank import Bank
+from rayft.multilora.parts import Parts
 
 
 @dataclass
 class _Adapter:
-    state: AdapterState
+    parts: Parts
     slot: int | None = None
     users: int = 0
     """Requests that are being computed with it."""
@@ -41,15 +42,10 @@ class AdapterTable:
         self._changing = threading.Lock()
         """Requests take hold of adapters while a step runs."""
 
-    def register(self, state: AdapterState, hash: str, name: str | None = None) -> None:
-        """Make an adapter known by its content hash and by ``name``.
-
-        Raises:
-            UsageError: R802 (more than plain LoRA), R803 (of another base).
-        """
+    def register(self, parts: Parts, hash: str, name: str | None = None) -> None:
+        """Make an adapter known by its content hash and by ``name``."""
         if hash not in self._adapters:
-            self.bank.unload(self.bank.load(state))
-            self._adapters[hash] = _Adapter(state)
+            self._adapters[hash] = _Adapter(parts)
         self._adapters[hash].forgotten = False
         if name is not None:
             self._names[name] = hash
@@ -129,8 +125,7 @@ class AdapterTable:
     def _load(self, adapter: _Adapter) -> int:
         if len(self.loaded) >= self.max_loras:
             self._unload(self._adapters[self._idle.popitem(last=False)[0]])
-        tensors = {name: tensor.to(self.dtype) for name, tensor in adapter.state.tensors.items()}
-        adapter.slot = self.bank.load(replace(adapter.state, tensors=tensors))
+        adapter.slot = self.bank.put(adapter.parts, self.dtype)
         return adapter.slot
 
     def _unload(self, adapter: _Adapter) -> None:

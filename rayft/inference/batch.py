@@ -64,6 +64,7 @@ def pack(shares: list[Share], device: torch.device) -> Batch:
         strengths += [flight.request.strength] * share.tokens
         last[flight] = len(ids) - 1
     samples = [last[share.flight] for share in shares if share.samples]
+    sampled = torch.tensor(samples or [0], device=device)
     plain = all(strength == 1.0 for strength in strengths)
     return Batch(
         torch.tensor([ids], device=device),
@@ -71,10 +72,11 @@ def pack(shares: list[Share], device: torch.device) -> Batch:
         Route(
             torch.tensor(slots, dtype=torch.int32, device=device),
             None if plain else torch.tensor(strengths, dtype=torch.float32, device=device),
+            last=sampled,
         ),
         decodes,
         chunks,
-        torch.tensor(samples or [0], device=device),
+        sampled,
         len(samples),
     )
 

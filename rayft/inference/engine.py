@@ -38,6 +38,7 @@ from rayft.inference.text import TextStream
 from rayft.models.prepack import prepack
 from rayft.multilora.bank import AdapterState, Bank
 from rayft.multilora.linear import attach
+from rayft.multilora.parts import parts_of
 
 
 @dataclass
@@ -93,15 +94,16 @@ class Engine:
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def register(self, source: AdapterState | str | Path, name: str | None = None) -> str:
-        """Make an adapter known; returns its content hash. Reading and hashing do not hold up steps.
+        """Make an adapter known; returns its content hash. Reading, hashing and preparing it do not hold up steps.
 
         Raises:
-            UsageError: R801 (damaged), R802 (more than plain LoRA), R803 (of another base).
+            UsageError: R801 (damaged), R802 (what cannot share a base), R803 (of another base).
         """
         state = source if isinstance(source, AdapterState) else AdapterState.read(source)
         hash = state.content_hash()
+        parts = parts_of(state, self.mlora)
         with self._stepping:
-            self.adapters.register(state, hash, name)
+            self.adapters.register(parts, hash, name)
         return hash
 
     def pin(self, name: str, pinned: bool = True) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -17,6 +18,9 @@ from rayft.models.save import ADAPTER_WEIGHTS
 from rayft.multilora.linear import MultiLora
 from rayft.multilora.schemes import LoraWeights
 from rayft.runs.content import lora_hash
+
+if TYPE_CHECKING:
+    from rayft.multilora.parts import Parts
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name in an adapter file."""
@@ -50,9 +54,9 @@ class AdapterState:
         )
 
     def weights(self) -> dict[str, LoraWeights]:
-        """By module name. Raises UsageError R802 for what several adapters cannot share (see `unsupported`)."""
+        """By module name. Raises UsageError R802 for more than plain LoRA (see `unsupported`)."""
         if reason := unsupported(self.config, self.tensors):
-            raise UsageError("R802", f"this adapter {reason}, which cannot share a base model with others")
+            raise refused(reason)
         names = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in self.tensors}
         return {
             name: LoraWeights(
@@ -79,6 +83,11 @@ def unsupported(config: PeftConfig, names: Iterable[str]) -> str | None:
     if strange := sorted(name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))):
         return f"holds {strange[0]}"
     return None
+
+
+def refused(reason: str) -> UsageError:
+    """R802, for an adapter that ``reason``."""
+    return UsageError("R802", f"this adapter {reason}, which cannot share a base model with others")
 
 
 class Bank:
@@ -108,7 +117,7 @@ class Bank:
             name: LoraWeights(self._place(name, A, trainable), self._place(name, B, trainable), factor)
             for name, (A, B, factor) in state.weights().items()
         }
-        slot = next(number for number in range(len(self._held) + 1) if number not in self._held)
+        slot = self._free()
         rate = state.config.lora_dropout if dropout is None else dropout
         try:
             self.mlora.add(slot, weights, dropout=rate if trainable else 0.0, seed=seed)
@@ -117,13 +126,28 @@ class Bank:
         self._held[slot] = _Held(state.config, weights)
         return slot
 
+    def put(self, parts: Parts, dtype: torch.dtype) -> int:
+        """Put an adapter of any kind into a free slot, to be applied only, in ``dtype``; returns the slot."""
+        shared = {
+            name: LoraWeights(self._place(name, A.to(dtype), False), self._place(name, B.to(dtype), False), factor)
+            for name, (A, B, factor) in parts.shared.items()
+        }
+        own = {
+            name: [one.to(self.mlora.device_of(name), dtype) for one in several] for name, several in parts.own.items()
+        }
+        slot = self._free()
+        self.mlora.add(slot, shared, own=own)
+        self._held[slot] = _Held(parts.config, shared)
+        return slot
+
     def unload(self, slot: int) -> None:
         """Free the slot and everything the adapter held. Raises KeyError for an empty one."""
         self.mlora.remove(slot)
         del self._held[slot]
 
     def state(self, slot: int) -> dict[str, torch.Tensor]:
-        """PEFT's state dict of an adapter: copies in host memory, safe from further training steps."""
+        """PEFT's state dict of an adapter: copies in host memory, safe from further training steps. Of one that was
+        `put`, the shared matrices only, with DoRA's gain in them."""
         named = self.named_parameters(slot)
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
@@ -138,6 +162,9 @@ class Bank:
     def adapter(self, slot: int) -> AdapterState:
         """Config and copied tensors: what `load` takes and PEFT's files hold."""
         return AdapterState(self._held[slot].config, self.state(slot))
+
+    def _free(self) -> int:
+        return next(number for number in range(len(self._held) + 1) if number not in self._held)
 
     def _place(self, module: str, tensor: torch.Tensor, trainable: bool) -> torch.Tensor:
         if module not in self.mlora.modules:

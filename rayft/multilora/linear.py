@@ -11,7 +11,7 @@ The base stays as it is: names, weights and state dict do not change, only the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rayft.models import peft_config
+from rayft.multilora.overlay import Overlays
+from rayft.multilora.own import Own
 from rayft.multilora.route import Route, dropout_seed
 from rayft.multilora.schemes import SCHEMES, LoraWeights, Together, cheapest
 
@@ -33,13 +35,15 @@ class _Dropout:
 class MultiLora:
     """The adapters of one model by slot, and the route that the current forward pass takes. See `attach`."""
 
-    def __init__(self, layers: dict[str, nn.Module], scheme: str = "auto") -> None:
+    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], scheme: str = "auto") -> None:
         if scheme != "auto" and scheme not in SCHEMES:
             raise ValueError(f"scheme is auto, {', '.join(SCHEMES)}; not {scheme}")
         self.scheme = scheme
         self._current: Route | None = None
         self._layers = {name: _Layer(name, module, self) for name, module in layers.items()}
         self._dropouts: dict[int, _Dropout] = {}
+        self.overlays = Overlays(model, self._layers)
+        """What adapters do beside the matmuls that they share."""
 
     @property
     def modules(self) -> frozenset[str]:
@@ -51,7 +55,7 @@ class MultiLora:
         return frozenset(self._dropouts)
 
     def device_of(self, module: str) -> torch.device:
-        return next(self._layers[module].module.parameters()).device
+        return next(self.overlays.modules[module].parameters()).device
 
     def add(
         self,
@@ -60,12 +64,14 @@ class MultiLora:
         *,
         dropout: float = 0.0,
         seed: int = 0,
+        own: Mapping[str, Sequence[Own]] | None = None,
     ) -> None:
         """Put an adapter into a free slot >= 0.
 
         weights: by module name, (A [rank, in], B [out, rank], scaling); the rank may differ between modules. Tensors
         are taken as they are: parameters are trained, plain ones only applied. dropout: probability for its input, in
-        training mode; its masks depend on ``seed``, the route's step and the module, and on nothing else.
+        training mode; its masks depend on ``seed``, the route's step and the module, and on nothing else. own: what
+        else it does, by the name of any module of the model; only applied, not trained.
 
         Raises:
             ValueError: a slot in use or negative, an unknown module, or a shape that does not fit it.
@@ -81,6 +87,8 @@ class MultiLora:
                 raise ValueError(f"{name} takes {expected}, not {tuple(A.shape)} and {tuple(B.shape)}")
         for name, triple in weights.items():
             self._layers[name].add(slot, LoraWeights(*triple))
+        if own:
+            self.overlays.add(slot, own)
         self._dropouts[slot] = _Dropout(dropout, seed)
 
     def remove(self, slot: int) -> None:
@@ -88,6 +96,7 @@ class MultiLora:
         del self._dropouts[slot]
         for layer in self._layers.values():
             layer.remove(slot)
+        self.overlays.remove(slot)
 
     @contextmanager
     def route(self, route: Route) -> Iterator[None]:
@@ -101,13 +110,16 @@ class MultiLora:
         if missing := sorted(route.slots - self._dropouts.keys()):
             raise KeyError(f"no adapter in slot {missing[0]}")
         self._current = route
+        self.overlays.enter(route)
         try:
             yield
         finally:
             self._current = None
+            self.overlays.leave()
 
     def detach(self) -> None:
         """Give the model its own layers back."""
+        self.overlays.detach()
         for layer in self._layers.values():
             layer.detach()
 
@@ -205,4 +217,4 @@ def attach(
         for name, module in peft_config.linear_layers(model).items()
         if isinstance(module, nn.Linear) and peft_config.targeted(name, targets)
     }
-    return MultiLora(layers, scheme)
+    return MultiLora(model, layers, scheme)

@@ -30,11 +30,13 @@ class Route:
     slot: int32[T], the slot of each row, -1 for the bare base.
     strength: float32[T], multiplies the adapter's scaling; None = 1 everywhere.
     step: what the dropout masks are drawn for beside the adapter's seed and the module; one number, or one per slot.
+    last: int64[n], the rows that reach the output head, in their order there; None = all.
     """
 
     slot: torch.Tensor
     strength: torch.Tensor | None = None
     step: int | Mapping[int, int] = 0
+    last: torch.Tensor | None = None
     _remembered: dict[object, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -63,6 +65,13 @@ class Route:
     def slots(self) -> frozenset[int]:
         """The adapters that occur."""
         return frozenset(segment.slot for segment in self.segments) - {BASE}
+
+    @cached_property
+    def of_head(self) -> Route:
+        """The rows that the output head sees."""
+        if self.last is None:
+            return self
+        return Route(self.slot[self.last], None if self.strength is None else self.strength[self.last], self.step)
 
     def step_of(self, slot: int) -> int:
         return self.step if isinstance(self.step, int) else self.step[slot]
