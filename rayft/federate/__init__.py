@@ -1,0 +1,1 @@
+"""`rayft federate`: one adapter learnt from many clients' data, which stays with them."""
