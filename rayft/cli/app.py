@@ -8,6 +8,7 @@ import typer
 
 from rayft import __version__
 from rayft.cli import models, recipe, runs
+from rayft.cli.federate import federate
 from rayft.cli.train import evaluate, submit, train
 from rayft.cli.tune import tune
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(tune)
+app.command()(federate)
 app.command()(evaluate)
 app.command()(submit)
 app.add_typer(recipe.app, name="recipe")

@@ -69,10 +69,10 @@ def reason_to_refuse(setting: Setting, server: Server, answer: Answer) -> str:
     return ""
 
 
-def partial(setting: Setting, server: Server, answers: Sequence[Answer], noise: Noise | None = None) -> Partial:
+def partial(setting: Setting, server: Server, answers: Sequence[Answer]) -> Partial:
     """The sums of one block. Answers that cannot be used are left out and named in ``failed``.
 
-    noise: for local privacy, drawn per client.
+    With local privacy each client's noise is added here, where the clients are.
     """
     federate = setting.federate
     total = Partial()
@@ -82,7 +82,7 @@ def partial(setting: Setting, server: Server, answers: Sequence[Answer], noise: 
             continue
         if federate.wire == "bf16":
             answer = replace(answer, state=rounded(answer.state, torch.bfloat16))
-        total = join(total, _one(setting, server, answer, noise))
+        total = join(total, _one(setting, server, answer))
     return total
 
 
@@ -147,10 +147,8 @@ def aggregate(
     """One round in one call: blocks of `pack_size` clients in the order of their numbers, the tree, `finish`."""
     ordered = sorted(answers, key=lambda answer: answer.client)
     size = setting.federate.pack_size
-    local = noise if setting.federate.privacy is not None and setting.federate.privacy.mode == "local" else None
-    parts = [
-        partial(setting, server, ordered[first : first + size], local) for first in range(0, len(ordered), size)
-    ] or [Partial()]
+    parts = [partial(setting, server, ordered[first : first + size]) for first in range(0, len(ordered), size)]
+    parts = parts or [Partial()]
     return finish(setting, server, joined(parts, join), noise)
 
 
@@ -178,11 +176,15 @@ def _on_factors(federate: Federate) -> bool:
     return federate.strategy not in ("fedavg", "fedprox")
 
 
-def _one(setting: Setting, server: Server, answer: Answer, noise: Noise | None) -> Partial:
+def _one(setting: Setting, server: Server, answer: Answer) -> Partial:
     """The partial sum of one usable answer."""
     federate, alphas = setting.federate, setting.alphas
     weight = float(answer.examples) if federate.weighted else 1.0
-    facts = {"examples": float(answer.examples), **{key: float(value) for key, value in answer.facts.items()}}
+    facts = {
+        "examples": float(answer.examples),
+        "bytes_up": float(bytes_sent(answer, federate)),
+        **{key: float(value) for key, value in answer.facts.items()},
+    }
     if "loss" in facts:
         facts["loss"] *= answer.examples
         facts["loss_weight"] = float(answer.examples)
@@ -209,7 +211,7 @@ def _one(setting: Setting, server: Server, answer: Answer, noise: Noise | None) 
     if federate.privacy is not None:
         change, unclipped = clipped(change, server.clip)
         if federate.privacy.mode == "local" and server.clip is not None:
-            assert noise is not None
+            noise = Noise(federate.privacy.noise_seed, setting.number, f"client {answer.client}")
             change = noise.added(change, federate.privacy.noise_multiplier * server.clip)
     return replace(lone, weight=weight, sums=scaled(change, weight), products=products, unclipped=unclipped)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,14 @@ class Heterogeneity:
             "mean_distance": float(np.average(self.distances, weights=sizes)) if sizes.sum() else 0.0,
             "mean_effective_classes": float(self.effective_classes.mean()),
         }
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"clients": list(self.clients), "classes": list(self.classes), "counts": self.counts.tolist()}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Heterogeneity:
+        return cls(tuple(plain["clients"]), tuple(plain["classes"]), np.array(plain["counts"], dtype=np.int64))
 
 
 def measure(parts: Mapping[str, Sequence[int] | np.ndarray], labels: Sequence[str] | np.ndarray) -> Heterogeneity:
