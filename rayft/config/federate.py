@@ -7,7 +7,6 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rayft.config.choices import require
-from rayft.config.data import Source, as_sources
 from rayft.config.presets import PRESETS, settings_of
 from rayft.config.section import Section
 
@@ -41,22 +40,6 @@ class Partition(Section):
     """dirichlet: a client that has its share already gets nothing more of a class."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """Default: the recipe's `seed`."""
-
-
-class Site(Section):
-    """A client whose data stays where it is: it is read and rendered there, by an actor that is placed there."""
-
-    train: list[Source]
-    """A path or a list of sources, as that node sees them."""
-    resources: dict[str, float] = Field(default_factory=dict)
-    """Ray resources that only its node has, such as `{site_a: 0.001}`."""
-    label_selector: dict[str, str] = Field(default_factory=dict)
-    """Ray node labels that its node has."""
-
-    @field_validator("train", mode="before", json_schema_input_type=str | Source | list[str | Source])
-    @classmethod
-    def _as_sources(cls, value: Any) -> Any:
-        return as_sources(value)
 
 
 class Cohort(Section):
@@ -116,10 +99,8 @@ class Federate(Section):
     ] | None = None  # fmt: skip
     """Defaults that mirror a published setting; other keys go before it."""
     clients: int = Field(10, ge=1)
-    """Number of clients that the data is split over; not with `sites` or the methods sources and natural."""
+    """Number of clients that the data is split over; sources and natural have as many as they find."""
     partition: Partition = Partition()
-    sites: dict[str, Site] = Field(default_factory=dict)
-    """Clients by name whose data stays on their nodes, instead of `partition`."""
     rounds: int = Field(20, ge=1)
     """Rounds of the whole run."""
     cohort: Cohort = Cohort()
@@ -205,7 +186,7 @@ class Federate(Section):
     @property
     def label(self) -> str | None:
         """The column of the rows that the partition looks at, where it is not `source`."""
-        uses = self.partition.method in ("natural", "dirichlet", "pathological") and not self.sites
+        uses = self.partition.method in ("natural", "dirichlet", "pathological")
         return self.partition.column if uses and self.partition.column != "source" else None
 
     @model_validator(mode="before")

@@ -116,10 +116,6 @@ RULES: tuple[Rule, ...] = (
         "fedbuff has no rounds to sample for: it keeps `concurrency` clients at work",
     ),
     (
-        lambda f: f.method == "fedsa" and bool(f.sites) and f.strategy == "krum",
-        "krum deploys one client's factors, and fedsa keeps half of them with the clients",
-    ),
-    (
         lambda f: f.bias_correction == "flwr" and f.strategy not in ("fedadam", "fedyogi", "fedadagrad"),
         "bias_correction belongs to fedadam, fedyogi and fedadagrad",
     ),

@@ -26,8 +26,6 @@ def why_not(recipe: Recipe, federate: Federate) -> tuple[str, str] | None:
     assert recipe.adapter is not None
     if recipe.data.packing:
         return "data.packing mixes the examples of several clients in one bin", "data.packing=false"
-    if federate.sites:
-        return "federate.sites is not built yet", "give the clients' data as sources, with partition.method: sources"
     if federate.ranks and max(federate.ranks) > recipe.adapter.rank:
         return (
             f"a client has rank {max(federate.ranks)}, and adapter.rank, the server's, is {recipe.adapter.rank}",

@@ -11,7 +11,7 @@ import numpy as np
 
 from rayft.config.federate import Federate
 from rayft.errors import RunFailed
-from rayft.federate.pool import Pool
+from rayft.federate.pool import DYING, Pool
 from rayft.federate.sample import blocks
 from rayft.federate.task import Block, Measured, Task
 
@@ -81,7 +81,7 @@ def _all(pool: Pool, method: str, calls: Mapping[Hashable, Sequence[Any]], retri
                 raise RunFailed(
                     "R922",
                     f"workers keep dying (in `{method}`): {done.lost}",
-                    "look at their logs in Ray's folder; less memory: a smaller federate.pack_size or model",
+                    DYING,
                 )
             waiting.append(done.key)
     return found

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from rayft.federate.factors import Products
 from rayft.federate.optimizers import Moments
@@ -24,7 +23,11 @@ class Alphas:
     """PEFT's `alpha_pattern`."""
 
     def scaling(self, module: str, rank: int) -> float:
-        alpha = self.by_module.get(get_pattern_key(self.by_module, module), self.alpha)
+        alpha = self.alpha
+        if self.by_module:
+            from peft.utils.other import get_pattern_key
+
+            alpha = self.by_module.get(get_pattern_key(self.by_module, module), alpha)
         return alpha / (rank**0.5 if self.rslora else rank)
 
 

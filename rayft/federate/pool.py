@@ -7,7 +7,14 @@ from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rayft.errors import RunFailed
 from rayft.federate.worker import Job, Worker
+
+STILLBORN = 5
+"""Workers that may die before they have loaded the base."""
+DYING = "look at their logs in Ray's folder; less memory: a smaller federate.pack_size or model, fewer scale.workers"
+_READY = object()
+"""Key of a worker's start."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,11 @@ class Pool(Protocol):
     @property
     def idle(self) -> int:
         """Workers without a call."""
+        ...
+
+    @property
+    def starting(self) -> int:
+        """Workers that are not ready yet; `wait` lets time pass until they are."""
         ...
 
     @property
@@ -59,6 +71,7 @@ class Here:
     def __init__(self, job: Job) -> None:
         self.worker = Worker(job)
         self.started = 1
+        self.starting = 0
         self._done: list[Done] = []
 
     @property
@@ -105,13 +118,22 @@ class Actors:
         )
         self._job, self._environment = ray.put(job), environment or {}
         self.started = 0
-        self._idle: list[Any] = [self._start() for _ in range(count)]
+        self._idle: list[Any] = []
         self._calls: dict[Any, tuple[Hashable, Any]] = {}
         self._done: list[Done] = []
+        self._stillborn = 0
+        for _ in range(count):
+            self._start()
 
-    def _start(self) -> Any:
+    def _start(self) -> None:
+        """A new worker; it is idle once it has loaded its base."""
         self.started += 1
-        return self._class.remote(self._job, self._environment)
+        actor = self._class.remote(self._job, self._environment)
+        self._calls[actor.ready.remote()] = (_READY, actor)
+
+    @property
+    def starting(self) -> int:
+        return sum(key is _READY for key, _ in self._calls.values())
 
     @property
     def idle(self) -> int:
@@ -119,7 +141,7 @@ class Actors:
 
     @property
     def busy(self) -> list[Hashable]:
-        return [key for key, _ in self._calls.values()]
+        return [key for key, _ in self._calls.values() if key is not _READY]
 
     def share(self, value: Any) -> Any:
         import ray
@@ -138,7 +160,7 @@ class Actors:
                 time.sleep(min(timeout, 0.05))
                 return []
             ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout)
-            self._done += [self._ended(reference) for reference in ready]
+            self._done += [done for reference in ready if (done := self._ended(reference)).key is not _READY]
         found = [done for done in self._done if done.key in among]
         self._done = [done for done in self._done if done.key not in among]
         return found
@@ -153,8 +175,12 @@ class Actors:
             self._idle.append(actor)
             raise error.cause if isinstance(error.cause, Exception) else error from None
         except ray.exceptions.RayError as error:  # the actor, its node or its result is gone
-            self._idle.append(self._start())
-            return Done(key, lost=str(error).strip().splitlines()[0])
+            said = str(error).strip().splitlines()[0]
+            self._stillborn += key is _READY
+            if self._stillborn > STILLBORN:
+                raise RunFailed("R922", f"workers die while they load the base: {said}", DYING) from None
+            self._start()
+            return Done(key, lost=said)
         self._idle.append(actor)
         return Done(key, value)
 
@@ -166,7 +192,7 @@ class Actors:
             if other == key:
                 del self._calls[reference]
                 ray.kill(actor)
-                self._idle.append(self._start())
+                self._start()
 
     def close(self) -> None:
         import ray

@@ -50,10 +50,13 @@ def gather(
     """Train a cohort and add its answers up.
 
     kept: client -> round of its current state. enough: clients after whose answers the others are not waited for.
-    retries: how often a block may lose its worker; then its clients have failed. deadline: seconds for all of it.
+    retries: how often a block may lose its worker; then its clients have failed. deadline: seconds for all of it,
+    from when all workers have their base.
 
     Raises Interrupted.
     """
+    while deadline is not None and pool.starting and not stopping():
+        pool.wait(POLL_SECONDS, ())
     began = time.monotonic()
     federate = task.setting.federate
     units = [

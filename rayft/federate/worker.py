@@ -33,6 +33,10 @@ class Worker:
             self._local = self._job.make()
         return self._local
 
+    def ready(self) -> None:
+        """Load the base."""
+        _ = self.local
+
     def open(self) -> Opening:
         return self.local.open()
 

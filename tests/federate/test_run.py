@@ -236,47 +236,39 @@ def test_packs_and_lone_clients_train_alike(federation: Federations) -> None:
         assert alone.examples == together[number].examples == len(local._examples(number)[0])
 
 
-def test_a_client_that_raises_is_found_in_its_pack(federation: Federations, tmp_path: Path) -> None:
-    """The loss function raises at a word that only one client's data has: the others' work counts."""
-    marked = tmp_path / "marked.jsonl"
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("raise ValueError('a bad word')", "ValueError: a bad word"), ("losses = losses * float('nan')", "is not finite")],
+)
+def test_a_broken_client_is_found_in_its_pack(federation: Federations, tmp_path: Path, fault: str, reason: str) -> None:
+    """The loss function goes wrong at a word that only one client's data has: the others' work counts."""
     rows = [{**row, "task": f"t{number % 4}"} for number, row in enumerate(chat_rows(24))]
     for row in rows:
         if row["task"] == "t2":
             row["messages"][-1]["content"] += " @@@@@@@@"
-    write_rows(marked, rows)
-    fault = tmp_path / "fault.py"
-    fault.write_text(
+    file = tmp_path / "fault.py"
+    file.write_text(
         "import torch\n"
         "def loss(logits, targets, weights):\n"
         "    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction='none')\n"
         f"    if (targets == {token_of(federation()['model']['base'])}).any():\n"
-        "        raise ValueError('a bad word')\n"
+        f"        {fault}\n"
         "    return (losses * weights).sum()\n"
     )
     settings = {"partition": {"method": "natural", "column": "task"}, "pack_size": 4}
-    data = {"data.train": str(marked), "data.validation": None, "train.loss_function": f"{fault}:loss"}
-    result = quiet(federation(**settings, **data))
-    rows_told = RunFolder.open(result.path).metrics()
-    assert all(row["clients"] == 3 and row["failed"] == 1 for row in rows_told)
-    events = [event for event in RunFolder.open(result.path).events() if event["kind"] == "client_failed"]
-    assert {event["client"] for event in events} == {2} and "ValueError: a bad word" in events[0]["reason"]
+    data = {"data.train": write_rows(tmp_path / "marked.jsonl", rows), "data.validation": None}
+    result = quiet(federation(**settings, **data, **{"train.loss_function": f"{file}:loss"}))
+    folder = RunFolder.open(result.path)
+    assert all(row["clients"] == 3 and row["failed"] == 1 for row in folder.metrics())
+    events = [event for event in folder.events() if event["kind"] == "client_failed"]
+    assert {event["client"] for event in events} == {2} and reason in events[0]["reason"]
+    assert "client 2" in Path(result.report).read_text()
 
 
 def token_of(base: str) -> int:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(base)(" @@@@@@@@")["input_ids"][-1]
-
-
-def test_a_client_that_diverges_is_left_out(federation: Federations) -> None:
-    result = quiet(
-        federation(
-            **{"train.loss_function": f"{Path(__file__).parent / 'nan_loss.py'}:nan_for_long_rows"},
-            cohort={"max_failed": 0.9},
-        )
-    )
-    events = [event for event in RunFolder.open(result.path).events() if event["kind"] == "client_failed"]
-    assert events and all("not finite" in event["reason"] for event in events)
 
 
 def test_fedprox_pulls_to_the_start_and_without_mu_is_fedavg(federation: Federations) -> None:
