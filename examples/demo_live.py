@@ -157,7 +157,7 @@ def draw(load: Load, phases: list[tuple[float, str]], path: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.2])
     asked = [answer for answer in load.answers if answer.model == ALIAS and answer.error is None]
     times = [answer.time for answer in asked]
-    window = 24
+    window = 12
     shares = [
         statistics.mean(answer.version == 2 for answer in asked[max(0, at - window + 1) : at + 1])
         for at in range(len(asked))

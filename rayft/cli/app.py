@@ -9,6 +9,7 @@ import typer
 from rayft import __version__
 from rayft.cli import keys, models, recipe, registry, runs
 from rayft.cli.chat import chat
+from rayft.cli.federate import federate
 from rayft.cli.generate import generate
 from rayft.cli.serve import serve
 from rayft.cli.train import evaluate, submit, train
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(tune)
+app.command()(federate)
 app.command()(evaluate)
 app.command()(serve)
 app.command()(chat)

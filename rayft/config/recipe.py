@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field
 
 from rayft.config.adapter import Adapter
 from rayft.config.data import Data
 from rayft.config.evaluate import Evaluate
+from rayft.config.federate import Federate
 from rayft.config.model import Model
 from rayft.config.scale import Scale
 from rayft.config.section import Section
@@ -35,6 +34,6 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     tune: Tune | None = None
     """The sweep of `rayft tune`; absent: its defaults."""
-    federate: dict[str, Any] | None = None
-    """Section of `rayft federate`, checked by that verb."""
+    federate: Federate | None = None
+    """The federation of `rayft federate`; absent: its defaults."""
     serve: Serve = Serve()

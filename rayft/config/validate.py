@@ -106,7 +106,7 @@ def advice(parts: tuple[Part, ...]) -> str:
     entry = synonym(path)
     if entry is not None:
         return entry.answer
-    every = [key.path for key in keys()] + ["model", "data", "adapter", "train", "scale", "evaluate", "tune", "serve"]
+    every = [key.path for key in keys()] + [*Recipe.model_fields]
     above = ".".join("[]" if isinstance(part, int) else part for part in parts[:-1]).replace(".[]", "[]")
     same_name = [known for known in every if known.rpartition(".")[2] == name]
     if same_name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ _TYPES = {
     "position_ids": pa.list_(pa.int32()),
     "supervised": pa.int32(),
     "source": pa.string(),
+    "label": pa.string(),
     "answer_start": pa.int32(),
     "answer_end": pa.int32(),
 }
@@ -76,6 +77,40 @@ class Examples:
     def column(self, name: str) -> list[Any]:
         """A column with one value per example, such as ``source``."""
         return self._table.column(name).to_pylist()
+
+
+class Selection(Examples):
+    """Some of the examples of a file, in the given order. Pickles as path and indices."""
+
+    def __init__(self, path: str | Path, indices: Sequence[int] | np.ndarray) -> None:
+        super().__init__(path)
+        self.indices = np.asarray(indices, dtype=np.int64)
+
+    def __reduce__(self) -> Any:
+        return Selection, (self.path, self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if index == -1:
+            return super().__getitem__(-1)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        begin = int(self.indices[index])
+        batch = int(np.searchsorted(self._starts, begin, side="right")) - 1
+        first, last = self._offsets[batch][begin - self._starts[batch] :][:2]
+        return {name: values[first:last] for name, values in self._values[batch].items()}
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32[n]: tokens per example."""
+        return np.asarray(Examples(self.path).lengths[self.indices])
+
+    @cached_property
+    def weight_sums(self) -> np.ndarray:
+        """float64[n]: sum of the loss weights of each example."""
+        return np.asarray(Examples(self.path).weight_sums[self.indices])
 
 
 class Writer:

@@ -58,8 +58,13 @@ class Counts:
         return {**asdict(self), "truncated_share": self.truncated / rendered if rendered else 0.0}
 
 
-def ingest(source: Source, name: str, data: Data, renderer: Renderer, writer: Writer) -> Counts:
-    """Appends the examples of a source to ``writer`` (columns ``COLUMNS``). Raises UsageError R201 to R212, R214."""
+def ingest(
+    source: Source, name: str, data: Data, renderer: Renderer, writer: Writer, label: str | None = None
+) -> Counts:
+    """Appends the examples of a source to ``writer`` (columns ``COLUMNS``). Raises UsageError R201 to R212, R214.
+
+    label: a column of the rows whose value is kept as ``label``; R216 where a row has none.
+    """
     counts = Counts(name)
     rows = islice(_kept(read(source), data.function, counts), source.limit)
     head = list(islice(rows, HEAD_ROWS))
@@ -69,11 +74,25 @@ def ingest(source: Source, name: str, data: Data, renderer: Renderer, writer: Wr
             "R214", f"data source {source.path} is empty: {gone}", "check the path, or take it out of the recipe"
         )
     format = Format(source, {column for row in head for column in row.values})
-    examples = (format.example(row) for row in chain(head, rows))
+    examples = ((format.example(row), _label(row, label, source)) for row in chain(head, rows))
     while batch := list(islice(examples, BATCH_ROWS)):
-        for example, rendered in zip(batch, renderer.render(batch), strict=True):
-            _add(example, rendered, data.max_length, counts, writer)
+        for (example, value), rendered in zip(batch, renderer.render([example for example, _ in batch]), strict=True):
+            _add(example, rendered, data.max_length, counts, writer, {} if label is None else {"label": value})
     return counts
+
+
+def _label(row: Row, label: str | None, source: Source) -> str | None:
+    if label is None:
+        return None
+    value = row.values.get(label)
+    if value is None or isinstance(value, dict | list):
+        raise UsageError(
+            "R216",
+            f"data source {source.path}: {row.where} has no plain value in the column {label!r}, by which clients are "
+            "told apart",
+            f"federate.partition.column is one of {', '.join(row.values)}, or source",
+        )
+    return str(value)
 
 
 def nothing_supervised(counts: Sequence[Counts], data: Data) -> UsageError:
@@ -112,7 +131,14 @@ def _kept(rows: Iterator[Row], function: str | None, counts: Counts) -> Iterator
             yield result
 
 
-def _add(example: Example, rendered: Rendered, max_length: int, counts: Counts, writer: Writer) -> None:
+def _add(
+    example: Example,
+    rendered: Rendered,
+    max_length: int,
+    counts: Counts,
+    writer: Writer,
+    more: dict[str, str | None],
+) -> None:
     length = len(rendered.ids)
     if length > max_length:
         counts.truncated += 1
@@ -138,4 +164,5 @@ def _add(example: Example, rendered: Rendered, max_length: int, counts: Counts, 
         source=counts.name,
         answer_start=start,
         answer_end=end,
+        **more,
     )

@@ -59,9 +59,10 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, cache: str) -> P
 def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     data = recipe.data
     renderer = Renderer(tokenizer, data, recipe.train.objective)
-    rows, counts = _render(data.train, data, renderer, folder / "rows.arrow")
+    label = _label(recipe)
+    rows, counts = _render(data.train, data, renderer, folder / "rows.arrow", label)
     chosen, held_out = split([count.examples for count in counts], data, recipe.seed)
-    parts = {"train": write_split(folder, "train", rows, chosen, data)}
+    parts = {"train": write_split(folder, "train", rows, chosen, data, labelled=label is not None)}
     stats = {"sources": {count.name: count.plain() for count in counts}}
     if isinstance(data.validation, list):
         rows, more = _render(data.validation, data, renderer, folder / "validation_rows.arrow")
@@ -77,12 +78,21 @@ def _build(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     (folder / STATS).write_text(text, encoding="utf-8")
 
 
-def _render(sources: Sequence[Source], data: Data, renderer: Renderer, path: Path) -> tuple[Examples, list[Counts]]:
+def _label(recipe: Recipe) -> str | None:
+    """The column that a federation splits the training rows by."""
+    return recipe.federate.label if recipe.federate is not None else None
+
+
+def _render(
+    sources: Sequence[Source], data: Data, renderer: Renderer, path: Path, label: str | None = None
+) -> tuple[Examples, list[Counts]]:
     """All examples of the sources with something to train on, in order. Raises UsageError R213 when there are none."""
     names = [source_name(source) for source in sources]
     unique = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
-    with Writer(path, COLUMNS) as writer:
-        counts = [ingest(source, name, data, renderer, writer) for source, name in zip(sources, unique, strict=True)]
+    with Writer(path, COLUMNS if label is None else [*COLUMNS, "label"]) as writer:
+        counts = [
+            ingest(source, name, data, renderer, writer, label) for source, name in zip(sources, unique, strict=True)
+        ]
     if not any(count.examples for count in counts):
         raise nothing_supervised(counts, data)
     return Examples(path), counts
@@ -118,6 +128,8 @@ def _identity(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
         "tokenizer": {key: value for key, value in backend.items() if key not in ("padding", "truncation")},
         "special_tokens": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
     }
+    if label := _label(recipe):
+        facts["label"] = label
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 

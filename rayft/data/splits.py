@@ -43,8 +43,13 @@ def split(sizes: Sequence[int], data: Data, seed: int) -> tuple[list[int], list[
     return chosen, held_out
 
 
-def write_split(folder: Path, name: str, rows: Examples, chosen: Sequence[int], data: Data) -> dict[str, int]:
-    """Writes ``<name>.arrow`` with the chosen rows, packed into bins where asked for; returns what it holds."""
+def write_split(
+    folder: Path, name: str, rows: Examples, chosen: Sequence[int], data: Data, *, labelled: bool = False
+) -> dict[str, int]:
+    """Writes ``<name>.arrow`` with the chosen rows, packed into bins where asked for; returns what it holds.
+
+    labelled: the rows have a column ``label``, which is kept.
+    """
     supervised, sources = rows.column("supervised"), rows.column("source")
     lengths = rows.lengths[list(chosen)]
     counts = {
@@ -54,9 +59,10 @@ def write_split(folder: Path, name: str, rows: Examples, chosen: Sequence[int], 
     }
     path = folder / f"{name}.arrow"
     if not data.packing:
-        with Writer(path, ["input_ids", "loss_weights", "source"]) as writer:
+        labels = rows.column("label") if labelled else None
+        with Writer(path, ["input_ids", "loss_weights", "source", *(["label"] if labels else [])]) as writer:
             for row in chosen:
-                writer.append(**rows[row], source=sources[row])
+                writer.append(**rows[row], source=sources[row], **({"label": labels[row]} if labels else {}))
         return counts
     bins = pack(lengths, data.max_length)
     with Writer(path, ["input_ids", "loss_weights", "position_ids", "source"]) as writer:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rayft.models import peft_config
@@ -117,6 +118,14 @@ class MultiLora:
             self._current = None
             self.overlays.leave()
 
+    def lay_under(self, weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Put one frozen adapter under all rows, as if it were part of the base; an empty mapping takes it off.
+
+        weights: by module name, (A [rank, in], B [out, rank]), in the dtype of the computation; their scaling is 1.
+        """
+        for name, layer in self._layers.items():
+            layer.under = weights.get(name)
+
     def detach(self) -> None:
         """Give the model its own layers back."""
         self.overlays.detach()
@@ -139,8 +148,9 @@ class _Layer:
         self.name, self.module, self.owner = name, module, owner
         self.shape: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]  # untyped
         self.weights: dict[int, LoraWeights] = {}
+        self.under: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last: tuple[frozenset[int], Together] | None = None
-        self.base = module.forward
+        self._forward = module.forward
         module.forward = self.forward
 
     def add(self, slot: int, weights: LoraWeights) -> None:
@@ -153,6 +163,14 @@ class _Layer:
 
     def detach(self) -> None:
         del self.module.forward
+
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """What all adapters of this layer add to."""
+        y = self._forward(x)
+        if self.under is None:
+            return y
+        A, B = self.under
+        return y + functional.linear(functional.linear(x.to(A.dtype), A), B).to(y.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]; the leading dimensions, flattened, are the rows of the open route."""

@@ -7,7 +7,7 @@ curve is the one that `rayft train` gives it alone, whoever shares the pack.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
 from rayft.data.collate import collate
+from rayft.data.examples import Examples
 from rayft.data.micro_batches import validation_batches
 from rayft.errors import UsageError
 from rayft.metrics.loss import perplexity
 from rayft.models import hub, load
 from rayft.models.save import save_plain
-from rayft.multilora.bank import Bank
+from rayft.multilora.bank import AdapterState, Bank
 from rayft.multilora.linear import attach
 from rayft.multilora.route import Route
 from rayft.multilora.start import initial
@@ -106,21 +107,33 @@ class Pack:
             raise ValueError(f"trial {name} is in this pack already")
         if reason := why_not(recipe) or differs(recipe, self.recipe):
             raise UsageError("R804", f"trial {name} cannot join this pack: {reason}", "rayft train trains it alone")
+        trial = self.admit(name, recipe, data, initial(self.model, recipe, self.tokenizer, init_from))
+        if state is not None:
+            trial.load(state)
+        return trial
+
+    def admit(
+        self, name: str, recipe: Recipe, data: Prepared, start: AdapterState, trained: Collection[str] | None = None
+    ) -> Trial:
+        """Add a trial that begins with the adapter ``start``; the caller knows that the recipe suits this pack.
+
+        trained: names of the tensors that are trained; all by default.
+        """
         assert recipe.adapter is not None
-        start = initial(self.model, recipe, self.tokenizer, init_from)
         slot = self.bank.load(start, trainable=True, dropout=recipe.adapter.dropout, seed=recipe.seed)
+        parameters = self.bank.named_parameters(slot)
+        for tensor_name, parameter in parameters.items():
+            parameter.requires_grad_(trained is None or tensor_name in trained)
         trial = Trial(
             name,
             slot,
             recipe,
             data,
-            self.bank.named_parameters(slot),
+            {tensor_name: parameter for tensor_name, parameter in parameters.items() if parameter.requires_grad},
             device=self.device,
             rank=self.rank,
             workers=self.workers,
         )
-        if state is not None:
-            trial.load(state)
         self.trials[name] = trial
         return trial
 
@@ -133,6 +146,10 @@ class Pack:
         state = self.state(name)
         self.bank.unload(self.trials.pop(name).slot)
         return state
+
+    def drop(self, name: str) -> None:
+        """Take a trial out without a look at its state."""
+        self.bank.unload(self.trials.pop(name).slot)
 
     def save(self, name: str, folder: str | Path) -> None:
         """Write a trial's adapter for stock PEFT, with its tokenizer."""
@@ -223,25 +240,29 @@ class Pack:
         trial = self.trials[name]
         if trial.validation is None:
             return {}
+        loss = self.loss_on(trial.slot, trial.validation, trial.micro_batch_size)
+        return {"validation_loss": loss, "perplexity": perplexity(loss)}
+
+    def loss_on(self, slot: int, examples: Examples, micro_batch_size: int) -> float:
+        """Loss of the adapter in a slot (-1: of the base) on some examples, counted as in `evaluate`."""
         sums = torch.zeros(2, dtype=torch.float64)
         self.model.eval()
         with torch.no_grad():
             for batch in validation_batches(
-                trial.validation,
+                examples,
                 self.workers,
                 self.rank,
-                trial.micro_batch_size,
+                micro_batch_size,
                 padding_free=True,
                 pad_token_id=self.tokenizer.pad_token_id,
             ):
                 lengths = [batch["input_ids"].shape[1]]
-                with self.mlora.route(self._route([trial.slot], lengths, {})):
+                with self.mlora.route(self._route([slot], lengths, {})):
                     sums[0] += self._forward(batch, lengths).double().cpu()[0]
                 sums[1] += batch["loss_weights"].double().sum()
         if self.workers > 1:
             dist.all_reduce(sums)
-        loss = float(sums[0] / sums[1])
-        return {"validation_loss": loss, "perplexity": perplexity(loss)}
+        return float(sums[0] / sums[1])
 
     # The model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Trial:
         self.micro_batch_size = micro_batch_size(recipe.train.micro_batch_size, self.schedule, workers, device)
         self.batches = MicroBatches(self.schedule, workers, rank, self.micro_batch_size)
         self.optimizer, self.scheduler = _optimizer(recipe, parameters, self.schedule.total_steps, device)
+        self.adjust: Callable[[dict[str, torch.Tensor]], None] | None = None
+        """Changes the gradients of a complete step before they are clipped."""
         self.step = 0
         self.restart_step()
 
@@ -84,6 +87,8 @@ class Trial:
 
     def gradient_norm(self) -> float:
         """L2 norm over all gradients, which are clipped to ``train.max_grad_norm`` when that is not 0."""
+        if self.adjust is not None:
+            self.adjust(self.parameters)
         most = self.recipe.train.max_grad_norm or math.inf
         return float(nn.utils.clip_grad_norm_(self.parameters.values(), most))
 

@@ -1,0 +1,59 @@
+"""What a federation cannot do with a recipe, found out before anything starts."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from rayft.config.federate import Federate
+from rayft.config.recipe import Recipe
+from rayft.errors import UsageError
+
+
+def check(recipe: Recipe, federate: Federate) -> None:
+    """Raises UsageError R902 for a recipe that cannot be federated as it stands, R904 where a package is missing."""
+    if reason := why_not(recipe, federate):
+        raise UsageError("R902", f"this recipe cannot be federated: {reason[0]}", reason[1])
+    if federate.privacy is not None and find_spec("dp_accounting") is None:
+        raise UsageError("R904", "federate.privacy needs the package dp-accounting", "pip install 'rayft[federate]'")
+
+
+def why_not(recipe: Recipe, federate: Federate) -> tuple[str, str] | None:
+    """(reason, what to do) of the first obstacle."""
+    from rayft.multilora.suits import why_not as not_in_a_pack
+
+    if reason := not_in_a_pack(recipe):
+        return f"clients train as adapters of one pack, and {reason}", "add `adapter: {}`, or change that key"
+    assert recipe.adapter is not None
+    if recipe.data.packing:
+        return "data.packing mixes the examples of several clients in one bin", "data.packing=false"
+    if federate.ranks and max(federate.ranks) > recipe.adapter.rank:
+        return (
+            f"a client has rank {max(federate.ranks)}, and adapter.rank, the server's, is {recipe.adapter.rank}",
+            f"adapter.rank={max(federate.ranks)}",
+        )
+    if federate.ranks and recipe.adapter.peft_args.get("rank_pattern"):
+        return "federate.ranks and adapter.peft_args.rank_pattern both set ranks", "leave one of them out"
+    if federate.strategy == "scaffold":
+        return _not_plain_sgd(recipe)
+    return None
+
+
+def _not_plain_sgd(recipe: Recipe) -> tuple[str, str] | None:
+    """SCAFFOLD's control variates are mean gradients, (w_t - y) / (K rate), only when each step is one."""
+    train = recipe.train
+    wanted = {
+        "train.optim": (train.optim, "sgd"),
+        "train.optim_args": (train.optim_args, None),
+        "train.weight_decay": (train.weight_decay, 0.0),
+        "train.max_grad_norm": (train.max_grad_norm, 0.0),
+    }
+    for key, (given, needed) in wanted.items():
+        if given != needed:
+            shown = "null" if needed is None else needed
+            return (
+                f"scaffold's control variates are gradients only under plain SGD, and {key} is {given}",
+                f"{key}={shown}",
+            )
+    if recipe.adapter is not None and recipe.adapter.loraplus_lr_ratio is not None:
+        return "scaffold needs one learning rate, and adapter.loraplus_lr_ratio gives two", "leave it out"
+    return None

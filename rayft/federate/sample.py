@@ -1,0 +1,35 @@
+"""Who takes part in a round."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rayft.config.federate import Federate
+from rayft.federate.noise import secure_uniform
+from rayft.federate.privacy import expected
+
+
+def cohort(federate: Federate, population: int, seed: int, number: int) -> list[int]:
+    """The clients of round ``number``, in order. A function of the arguments only; with privacy the coins come from the
+    system's secure generator, unless `noise_seed` is given, since who takes part must be as secret as the noise.
+
+    Fixed size with over-selection: so many more. Poisson: a cohort may be empty.
+    """
+    privacy = federate.privacy
+    secure = privacy is not None and privacy.noise_seed is None
+    generator = np.random.default_rng([seed, 6, number])
+    coins = secure_uniform(population) if secure else 1 - generator.random(population)
+    wanted = expected(federate, population)
+    if federate.cohort.sampling == "poisson":
+        chosen = np.flatnonzero(coins <= wanted / population)
+    else:
+        count = min(population, math.ceil(wanted * (1 + federate.cohort.over_selection)))
+        chosen = np.sort(np.argsort(coins, kind="stable")[:count])
+    return [int(client) for client in chosen]
+
+
+def blocks(clients: list[int], size: int) -> list[list[int]]:
+    """Neighbours of a cohort, ``size`` at a time: the units of work."""
+    return [clients[first : first + size] for first in range(0, len(clients), size)]
