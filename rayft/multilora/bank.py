@@ -38,7 +38,7 @@ class AdapterState:
         """From a stock adapter folder. Raises UsageError R801 for one that is damaged or is no LoRA adapter."""
         try:
             config = PeftConfig.from_pretrained(str(folder))
-            # From bytes: `load_file` of safetensors 0.8 leaks two small objects per tensor, and a server loads for months.
+            # Not `load_file`, which in safetensors 0.8 leaks two objects per tensor: a server loads for months.
             tensors = load(Path(folder, ADAPTER_WEIGHTS).read_bytes())
         except Exception as error:  # PEFT and safetensors raise whatever they meet in a damaged file
             raise UsageError("R801", f"{folder} cannot be read as a PEFT adapter: {error}") from error

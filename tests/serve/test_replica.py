@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from rayft.errors import UsageError
 from rayft.inference.request import SamplingParams
 from rayft.multilora.bank import AdapterState
+from rayft.serve.host_cache import size_of
 from rayft.serve.job import Content, Conversation, Job, Piece
 from rayft.serve.replica import Limits, Replica
 from tests.inference.oracle import Reference
@@ -111,10 +112,7 @@ def test_the_chat_template_is_the_adapters_own(
 
 
 def test_host_memory_stays_within_its_limit(replica_with: Callable[..., Replica], contents: dict[str, Content]) -> None:
-    sizes = {
-        name: sum(tensor.nbytes for tensor in AdapterState.read(content.path).tensors.values())
-        for name, content in contents.items()
-    }
+    sizes = {name: size_of(AdapterState.read(content.path)) for name, content in contents.items()}
     limit = sizes["hugo"] + sizes["anna"]
 
     async def main() -> None:
