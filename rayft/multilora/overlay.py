@@ -114,7 +114,7 @@ class _Overlay:
         inputs, bare = _rows(x, route.rows), _rows(output, route.rows)
         result = bare.clone()
         for slot in slots:
-            rows = route.remember(("rows", slot), lambda slot=slot: (route.slot == slot).nonzero()[:, 0])
+            rows = route.rows_of(slot)
             y = bare[rows]
             changed = y
             for own in self.owns[slot]:
