@@ -115,8 +115,8 @@ def test_bf16_weights_that_are_packed(tiny_model_folder: str, kinds: Stock, toke
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantised_bases(quantization: Any, tiny_model_folder: str, tokenizer: Any, tmp_path: Path) -> None:
-    """Stock PEFT on the same quantised weights; DoRA on 8 bits is checked against the decoded weights, since PEFT
-    loses their scales on a CPU."""
+    """Stock PEFT on the same quantised weights. It loses the scales of 8-bit ones under DoRA on a CPU; what the engine
+    takes for them is in `tests/multilora/test_lengths.py`."""
     config = quantization_config(Model(base=tiny_model_folder, quantization=quantization), torch.float32)
 
     def load() -> Any:
