@@ -24,7 +24,7 @@ class Overlays:
         """shared: layers with adapters side by side, by the name of their module; overlays lie on their ``base``."""
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.width: int = model.config.get_text_config().hidden_size
-        self.tied = bool(model.config.tie_word_embeddings)
+        self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
         """Whether head and embedding are one matrix."""
         head = model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), None)
@@ -114,7 +114,7 @@ class _Overlay:
         inputs, bare = _rows(x, route.rows), _rows(output, route.rows)
         result = bare.clone()
         for slot in slots:
-            rows = route.remember(("rows", slot), lambda slot=slot: (route.slot == slot).nonzero()[:, 0])
+            rows = route.rows_of(slot)
             y = bare[rows]
             changed = y
             for own in self.owns[slot]:

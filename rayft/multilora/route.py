@@ -73,6 +73,10 @@ class Route:
             return self
         return Route(self.slot[self.last], None if self.strength is None else self.strength[self.last], self.step)
 
+    def rows_of(self, slot: int) -> torch.Tensor:
+        """int64[n]: where the rows of a slot are."""
+        return self.remember(("rows", slot), lambda: (self.slot == slot).nonzero()[:, 0])
+
     def step_of(self, slot: int) -> int:
         return self.step if isinstance(self.step, int) else self.step[slot]
 

@@ -29,6 +29,8 @@ _LORA: dict[str, Any] = {
     "fan_in_fan_out": False,
 }
 """The part of a LoRA's configuration that changes what it computes, with PEFT's defaults."""
+_TOKENS = "trainable_token_indices"
+"""Part of it where it is set."""
 
 
 def content_hash(folder: Location) -> str:
@@ -57,6 +59,8 @@ def lora_hash(
     torch names it, shape, blocks of bytes), in any order.
     """
     meaning = {name: default if config.get(name) is None else config[name] for name, default in _LORA.items()}
+    if config.get(_TOKENS):
+        meaning[_TOKENS] = config[_TOKENS]
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True, default=str).encode())
     for name, dtype, shape, blocks in sorted(tensors, key=lambda tensor: tensor[0]):
         digest.update(f"{name} {dtype} {tuple(shape)}".encode())

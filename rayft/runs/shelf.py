@@ -136,7 +136,8 @@ def _examined(copy: Path, source: str) -> Draft:
     weights = locate(copy / WEIGHTS)
     try:
         hash = lora_hash_of_files(config, weights)
-        ranks = [tensor.shape[0] for tensor in read_header(weights) if ".lora_A." in tensor.name and tensor.shape]
+        down = (".lora_A.weight", ".lora_embedding_A")
+        ranks = [tensor.shape[0] for tensor in read_header(weights) if tensor.name.endswith(down) and tensor.shape]
     except (ValueError, RecursionError) as problem:
         raise UsageError("R426", f"{source}: {WEIGHTS} is damaged: {problem}", "copy the adapter again") from problem
     return Draft(

@@ -64,7 +64,7 @@ class HostCache:
         """The engine knows the adapter inside, whatever else happens.
 
         Raises:
-            UsageError: R801 (damaged), R802 (more than plain LoRA), R803 (of another base), R819 (its files are not
+            UsageError: R801 (damaged), R802 (what cannot share a base), R803 (of another base), R819 (its files are not
                 those that were registered, or its rank is too large).
         """
         entry = await self._hold(content)
@@ -122,7 +122,8 @@ class HostCache:
         state = AdapterState.read(content.path)
         if state.content_hash() != content.hash:
             raise UsageError("R819", f"{content.path} does not hold what was registered as {content.hash[:12]}")
-        ranks = [tensor.shape[0] for name, tensor in state.tensors.items() if name.endswith(".lora_A.weight")]
+        down = (".lora_A.weight", ".lora_embedding_A")
+        ranks = [tensor.shape[0] for name, tensor in state.tensors.items() if name.endswith(down)]
         if max(ranks, default=0) > self.max_rank:
             raise UsageError(
                 "R819", f"the adapter's rank is {max(ranks)}, the limit {self.max_rank}", "raise serve.max_lora_rank"

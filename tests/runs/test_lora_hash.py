@@ -65,6 +65,9 @@ def test_what_changes_the_hash(tmp_path: Path) -> None:
         {"use_rslora": True},
         {"alpha_pattern": {"q_proj": 3}},
         {"fan_in_fan_out": True},
+        {"use_dora": True},
+        {"trainable_token_indices": [3, 4]},
+        {"trainable_token_indices": [3, 5]},
     ]
     made = [registry.register("bot", saved(tmp_path / str(n), **fields)) for n, fields in enumerate(variants)]
     assert len({version.hash for version in made}) == len(variants)

@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer
 
 from rayft.errors import UsageError
 from rayft.inference.request import SamplingParams
 from rayft.multilora.bank import AdapterState
+from rayft.runs.registry import Registry
 from rayft.serve.host_cache import size_of
 from rayft.serve.job import Content, Conversation, Job, Piece
 from rayft.serve.replica import Limits, Replica
-from tests.inference.oracle import Reference
+from tests.inference.oracle import Reference, sharpened
+from tests.multilora.kinds import CONFIGS, stock
 from tests.serve.conftest import written
 
 LONG = SamplingParams(1500, ignore_eos=True)
@@ -57,6 +60,28 @@ def test_answers_are_those_of_stock_peft(
         assert text_of(pieces) == expected
         assert pieces[-1].finish_reason == "length"
         assert pieces[-1].usage is not None and pieces[-1].usage.completion_tokens == 12
+
+
+def test_adapters_of_every_kind_are_registered_and_served(
+    replica_with: Callable[..., Replica], tiny_model_folder: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    kinds = stock(lambda: sharpened(tiny_model_folder), CONFIGS, tmp_path)
+    registry = Registry(tmp_path / "registry")
+    versions = {name: registry.register("bot", tmp_path / name) for name in CONFIGS}
+    assert {version.rank for version in versions.values()} == {2, 4}
+
+    async def main() -> dict[str, list[Piece]]:
+        replica = replica_with(Limits(host_cache=2**18), max_loras=5)
+        jobs = [job((5, 6, 7), Content(v.hash, str(v.path)), id=name) for name, v in versions.items()]
+        pieces = await asyncio.gather(*(collect(replica, one) for one in jobs))
+        assert len(replica.cache.hashes) < len(versions)
+        return dict(zip(versions, pieces, strict=True))
+
+    for name, pieces in asyncio.run(main()).items():
+        ids = kinds.models[name].generate(
+            input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=12, eos_token_id=None, pad_token_id=0, do_sample=False
+        )
+        assert text_of(pieces) == tokenizer.decode(ids[0, 3:], skip_special_tokens=True), name
 
 
 def test_several_answers_and_all_at_once(replica_with: Callable[..., Replica]) -> None:
