@@ -33,6 +33,17 @@ class Own:
 
 
 @dataclass(frozen=True)
+class Shift(Own):
+    """Another bias."""
+
+    difference: torch.Tensor
+    """[out]"""
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return y + self.difference
+
+
+@dataclass(frozen=True)
 class Gain(Own):
     """DoRA's new length of each row of a linear layer's weight, without what LoRA adds: the shared matmul does that,
     with the gain in its B. Equation 5 of arXiv 2402.09353; PEFT leaves the bias as it is."""
@@ -40,7 +51,7 @@ class Gain(Own):
     gain: torch.Tensor
     """[out]: magnitude / length - 1."""
     bias: torch.Tensor | None
-    """[out]"""
+    """[out], that of the adapter if it has one."""
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(y, y if self.bias is None else y - self.bias, self.gain)

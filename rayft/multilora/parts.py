@@ -19,7 +19,7 @@ from rayft.errors import UsageError
 from rayft.multilora import lengths
 from rayft.multilora.bank import PREFIX, AdapterState, refused, scaling
 from rayft.multilora.linear import MultiLora
-from rayft.multilora.own import Copy, Gain, HeadRows, Own, TokenRows, TokenUpdate, Update
+from rayft.multilora.own import Copy, Gain, HeadRows, Own, Shift, TokenRows, TokenUpdate, Update
 from rayft.multilora.schemes import LoraWeights
 
 KINDS = {
@@ -30,6 +30,7 @@ KINDS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
     "base_layer.weight": "base",
+    "base_layer.bias": "bias",
     "token_adapter.trainable_tokens_delta": "tokens",
     "token_adapter.base_layer.weight": "base",
 }
@@ -54,7 +55,7 @@ class Parts:
 def parts_of(state: AdapterState, mlora: MultiLora) -> Parts:
     """Take an adapter apart for the base model of ``mlora``. Computes; reads of the base only its own weights.
 
-    LoRA and DoRA on linear layers, on the output head and on the embedding; whole copies of modules; trained tokens.
+    LoRA and DoRA on linear layers, on the output head and on the embedding; whole modules; biases; trained tokens.
 
     Raises:
         UsageError: R802 for what cannot share a base, R803 where the adapter does not fit this one.
@@ -68,7 +69,7 @@ def parts_of(state: AdapterState, mlora: MultiLora) -> Parts:
     for name, tensor in state.tensors.items():
         name = name.removeprefix(PREFIX)
         match = _SUFFIX.fullmatch(name)
-        module, part = (match[1], KINDS[match[2]]) if match else (name.rpartition(".")[0], name)
+        module, _, part = (match[1], "", KINDS[match[2]]) if match else name.rpartition(".")
         tensors[module][part] = tensor
     taker = _Taker(config, mlora)
     for module, parts in tensors.items():
@@ -90,6 +91,14 @@ class _Taker:
             _misfit(f"which has no module {name}")
         if "base" in parts:
             _same(name, module, parts.pop("base"))
+        bias = module.bias if isinstance(module, nn.Linear | nn.LayerNorm) else None
+        if "bias" in parts and "weight" not in parts:
+            trained = parts.pop("bias")
+            if bias is None:
+                _misfit(f"where {name} has no bias")
+            _fits(name, (trained,), (bias.shape,))
+            self.own[name] = (Shift(trained.detach().cpu().float() - bias.detach().cpu().float()),)
+            bias = trained
         if "tokens" in parts:
             self._tokens(name, module, parts.pop("tokens"))
             if parts:
@@ -100,7 +109,7 @@ class _Taker:
             if isinstance(module, nn.Embedding):
                 self._embedding(name, module, update["A"], update["B"], magnitude)
             elif isinstance(module, nn.Linear):
-                self._linear(name, module, update["A"], update["B"], magnitude)
+                self._linear(name, module, update["A"], update["B"], magnitude, bias)
             else:
                 _misfit(f"where {name} is no linear layer")
             if parts:
@@ -109,16 +118,22 @@ class _Taker:
             self._copy(name, module, parts)
 
     def _linear(
-        self, name: str, module: nn.Linear, A: torch.Tensor, B: torch.Tensor, magnitude: torch.Tensor | None
+        self,
+        name: str,
+        module: nn.Linear,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        magnitude: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> None:
         wanted = (A.shape[0], module.in_features), (module.out_features, A.shape[0])
         _fits(name, (A, B), wanted)
         factor = scaling(self.config, name, A.shape[0])
-        own: list[Own] = []
+        own = [*self.own.get(name, ())]
         if magnitude is not None:
             _fits(name, (magnitude,), ((module.out_features,),))
             B, gain = _gained(B, magnitude, lengths.of_rows(module, *_placed(module, A, B, factor)))
-            own.append(Gain(gain, None if module.bias is None else module.bias.detach()))
+            own.append(Gain(gain, None if bias is None else bias.detach()))
         if name in self.mlora.modules:
             self.shared[name] = LoraWeights(A, B, factor)
         else:
@@ -159,20 +174,19 @@ class _Taker:
 
     def _copy(self, name: str, module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
         own = dict(module.named_parameters(recurse=False))
-        copied = {part.rpartition(".")[2]: tensor for part, tensor in parts.items()}
-        if strange := copied.keys() - own.keys():
+        if strange := parts.keys() - own.keys():
             _misfit(f"where {name} has no {min(strange)}")
         if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             raise refused(f"holds a copy of {name}, which the base has in 4 or 8 bits")
-        if "weight" not in copied:
-            raise refused(f"holds {name}.{min(copied)} without its weight")
-        for part, tensor in copied.items():
+        if "weight" not in parts:
+            raise refused(f"holds {name}.{min(parts)} without its weight")
+        for part, tensor in parts.items():
             if isinstance(module, nn.Embedding) or name == self.overlays.head:
                 _vocabulary(name, tensor, own[part])
             _fits(name, (tensor,), (own[part].shape,))
         if not isinstance(module, nn.Linear | nn.Embedding) and own["weight"].shape != (self.overlays.width,):
             raise refused(f"holds a copy of {name}, whose rows are not those of the batch")
-        self.own[name] = (Copy(module, copied),)
+        self.own[name] = (Copy(module, parts),)
 
 
 def _placed(module: nn.Module, A: torch.Tensor, B: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:

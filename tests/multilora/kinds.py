@@ -37,6 +37,14 @@ TIED: dict[str, dict[str, Any]] = {
     "embedding": CONFIGS["embedding"],
 }
 """For a base whose head is its embedding."""
+BIASED: dict[str, dict[str, Any]] = {
+    "plain": CONFIGS["plain"],
+    "all biases": {"target_modules": LINEAR, "bias": "all"},
+    "own biases": {"target_modules": LINEAR, "bias": "lora_only"},
+    "dora": CONFIGS["dora"],
+    "dora with biases": {"target_modules": LINEAR, "bias": "all", "use_dora": True},
+}
+"""For a base whose layers have biases."""
 
 
 @dataclass
@@ -66,8 +74,9 @@ def stock(load: Callable[[], Any], configs: dict[str, dict[str, Any]], folder: P
             for path, parameter in model.named_parameters():
                 if "lora_magnitude_vector" in path:
                     parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
-                elif "modules_to_save" in path or "trainable_tokens_delta" in path:
-                    parameter.add_(parameter.std() * torch.randn_like(parameter) if parameter.ndim > 1 else 0.5)
+                elif "modules_to_save" in path or "trainable_tokens_delta" in path or path.endswith(".bias"):
+                    size = parameter.std() if parameter.ndim > 1 else 0.3
+                    parameter.add_(size * torch.randn_like(parameter) * parameter.requires_grad)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT says that it saves the embedding as well
             model.save_pretrained(str(folder / name))

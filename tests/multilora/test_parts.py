@@ -14,7 +14,7 @@ from rayft.multilora.bank import Bank
 from rayft.multilora.linear import attach
 from rayft.multilora.parts import parts_of
 from rayft.multilora.route import Route
-from tests.multilora.kinds import CONFIGS, TIED, Stock, stock
+from tests.multilora.kinds import BIASED, CONFIGS, TIED, Stock, stock
 
 LENGTH = 9
 
@@ -72,3 +72,18 @@ def test_every_kind_in_one_batch_equals_peft(tiny_model_folder: str, kinds: Stoc
 def test_a_base_whose_head_is_its_embedding(tiny_model_factory: Callable[..., str], tmp_path: Path) -> None:
     load = loader(tiny_model_factory(tie_word_embeddings=True))
     check(load().eval(), stock(load, TIED, tmp_path))
+
+
+@torch.no_grad()
+def test_a_base_with_biases(tiny_model_factory: Callable[..., str], tmp_path: Path) -> None:
+    folder = tiny_model_factory(attention_bias=True, mlp_bias=True)
+
+    def load() -> Any:
+        model = loader(folder)()
+        generator = torch.Generator().manual_seed(7)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(0, 0.3, generator=generator)
+        return model
+
+    check(load().eval(), stock(load, BIASED, tmp_path))
