@@ -239,7 +239,7 @@ class VllmBackend:
             checked(grammar)
             body["structured_outputs"] = {"grammar": to_llguidance(grammar)}
         parser = (lambda: renderer.parser(talk)) if talk else (lambda: None)
-        answers = [VllmAnswer(index, renderer.tokenizer, parser(), sampling.top_logprobs) for index in range(job.n)]
+        answers = [VllmAnswer(index, renderer.tokenizer, parser(), sampling) for index in range(job.n)]
         return body, answers
 
 
