@@ -29,7 +29,7 @@ class VllmAnswer:
         self.index, self.tokenizer, self.parser, self.top = index, tokenizer, parser, sampling.top_logprobs
         self.text = TextStream(tokenizer, sampling.stop, sampling.min_tokens)
         self.tokens = 0
-        self._called = False
+        self._called = self._over = False
         self._reason: str | None = None
 
     def take(self, choice: Mapping[str, Any]) -> list[Piece]:
@@ -38,7 +38,7 @@ class VllmAnswer:
         choice: of a chunk, or of a whole body of `/v1/completions` with `return_token_ids` and
         `return_tokens_as_token_ids`.
         """
-        if self.text.stopped:
+        if self._over:
             return []
         ids = choice.get("token_ids") or ()
         self._reason = choice.get("finish_reason") or self._reason
@@ -49,7 +49,7 @@ class VllmAnswer:
         for read, id in enumerate(ids, 1):
             text += self.text.push(id) if read <= last else ""
             if self.text.stopped:
-                self._reason = "stop"
+                self._over, self._reason = True, "stop"
                 break
         self.tokens += read
         text, calls = self._called_in(text)

@@ -106,7 +106,7 @@ def command(
         "structured_outputs_config": '{"backend": "guidance"}',
         "enable_prompt_tokens_details": True,
         **more,
-        **{name.replace("-", "_"): value for name, value in serve.vllm_args.items()},
+        **_options(serve),
     }
     return [*_program(serve, model), *(word for name, value in flags.items() for word in _flag(name, value))]
 
@@ -114,13 +114,23 @@ def command(
 def most_loras(serve: Serve) -> int:
     """vLLM sets memory aside for `max_loras` adapters of `max_lora_rank`, whether they come or not: so the defaults,
     which cost rayft's engine nothing, do not count here."""
-    return serve.max_loras if "max_loras" in serve.model_fields_set else FEW_LORAS
+    said = _options(serve).get("max_loras")
+    if said is not None:
+        return int(said) - 1
+    return serve.max_loras if serve.max_loras != Serve().max_loras else FEW_LORAS
 
 
 def largest_rank(serve: Serve, rank: int) -> int:
     """A rank that vLLM takes. rank: largest among the adapters of the start. Raises UsageError R866."""
-    said = "max_lora_rank" in serve.model_fields_set
-    return rank_flag(serve.max_lora_rank if said else max(rank, LEAST_RANK))
+    said = _options(serve).get("max_lora_rank")
+    if said is not None:
+        return int(said)
+    return rank_flag(serve.max_lora_rank if serve.max_lora_rank != Serve().max_lora_rank else max(rank, LEAST_RANK))
+
+
+def _options(serve: Serve) -> dict[str, str | int | float | bool | None]:
+    """`vllm_args` with the names that Python has for options."""
+    return {name.replace("-", "_"): value for name, value in serve.vllm_args.items()}
 
 
 def environment(threads: int | None) -> dict[str, str]:

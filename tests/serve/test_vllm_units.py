@@ -29,7 +29,7 @@ from rayft.serve.job import Content, Job, Piece
 from rayft.serve.vllm_adapters import name_of, unsupported
 from rayft.serve.vllm_answer import VllmAnswer
 from rayft.serve.vllm_backend import Facts, VllmBackend, VllmLimits
-from rayft.serve.vllm_process import VllmProcess, command
+from rayft.serve.vllm_process import VllmProcess, command, largest_rank, most_loras
 
 FACTS = Facts("tiny", None, "LlamaForCausalLM", "fp32", None, 1, 384)
 TWO = SamplingParams(2)
@@ -288,6 +288,8 @@ def test_the_command_follows_the_recipe() -> None:
     said = Serve(vllm_python=sys.executable, max_loras=3, max_lora_rank=100, enable_prefix_caching=False)
     line = " ".join(command(said, "/base", "tiny", 9, dtype="float32", rank=1, more={}))
     assert "--max-loras 4" in line and "--max-lora-rank 128" in line and "--no-enable-prefix-caching" in line
+    own = Serve(vllm_python=sys.executable, vllm_args={"max-lora-rank": 64, "max_loras": 5})
+    assert (largest_rank(own, 1), most_loras(own)) == (64, 4)
     with pytest.raises(UsageError, match="R866"):
         command(Serve(vllm_python=sys.executable, max_lora_rank=513), "/", "t", 9, dtype="float32", rank=1, more={})
     with pytest.raises(UsageError, match="R867"):
