@@ -25,6 +25,9 @@ Sources = Annotated[
 
 def serve(
     words: Sources = None,
+    attach: Annotated[
+        str | None, typer.Option("--attach", metavar="URL", help="Of a vLLM that runs already and answers instead.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Come back when the server answers.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Open to other machines without API keys.")] = False,
     json: Json = False,
@@ -40,18 +43,18 @@ def serve(
             return _stop(words[1] if len(words) > 1 else None)
         sources, overrides = sources_and_overrides(words)
         if detach:
-            return _detached(words or [], sources, overrides, insecure)
-        return _in_foreground(sources, overrides, insecure, json)
+            return _detached(words or [], sources, overrides, attach, insecure)
+        return _in_foreground(sources, overrides, attach, insecure, json)
 
     execute(work, json, debug)
 
 
-def _in_foreground(sources: list[str], overrides: list[str], insecure: bool, json: bool) -> Report:
+def _in_foreground(sources: list[str], overrides: list[str], attach: str | None, insecure: bool, json: bool) -> Report:
     from rayft.runtime.stopping import stoppable
     from rayft.serve import deploy, running
 
     wanted = threading.Event()
-    with stoppable(wanted.set), deploy(sources, overrides, insecure=insecure) as server:
+    with stoppable(wanted.set), deploy(sources, overrides, attach=attach, insecure=insecure) as server:
         record = running.note(server)
         Console(stderr=json).print(_shown(record))
         while not wanted.wait(0.5):
@@ -60,14 +63,15 @@ def _in_foreground(sources: list[str], overrides: list[str], insecure: bool, jso
     return Report({"server": server.name, "stopped": True}, Text("stopped"))
 
 
-def _detached(words: list[str], sources: list[str], overrides: list[str], insecure: bool) -> Report:
+def _detached(words: list[str], sources: list[str], overrides: list[str], attach: str | None, insecure: bool) -> Report:
     from rayft.runtime import session
     from rayft.serve import deploy, running
 
     if session.existing():  # the cluster keeps the server
-        record = running.note(deploy(sources, overrides, insecure=insecure))
+        record = running.note(deploy(sources, overrides, attach=attach, insecure=insecure))
     else:
-        record = running.detach([*words, *(["--insecure"] if insecure else [])])
+        options = [*(["--insecure"] if insecure else []), *(["--attach", attach] if attach else [])]
+        record = running.detach([*words, *options])
     return Report(_facts(record), _shown(record, stop=f"rayft serve stop {record.name}"))
 
 

@@ -24,6 +24,11 @@ class Serve(Section):
     server runs, besides the runs in `storage`."""
     backend: Literal["auto", "rayft", "vllm"] = "auto"
     """Which engine answers; `auto` is rayft's own."""
+    vllm_python: str | None = None
+    """Python interpreter that has vLLM, in an environment of its own; by default the `vllm` on PATH."""
+    vllm_args: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """More options of `vllm serve`, such as `gpu_memory_utilization: 0.8`; they win over what the recipe says, and
+    null leaves an option out."""
     replicas: int | tuple[int, int] = 1
     """Number of engines; [min, max] scales with `target_queued_tokens`."""
     target_queued_tokens: int = Field(4096, ge=1)

@@ -17,6 +17,9 @@ from rayft.serve.scaling import QUEUED_TOKENS, by_queued_tokens
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from rayft.serve.replica import Replica
+    from rayft.serve.vllm_loading import VllmReplica
+
 log = logging.getLogger("rayft.serve")
 
 ROUTER = "rayft.serve.router:Router"
@@ -34,11 +37,19 @@ class Engines:
 
         from rayft.runs.registry import Registry
         from rayft.serve.lifecycle import pinned_contents
-        from rayft.serve.loading import replica
 
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.replica = replica(plan, device, serve.get_replica_context().replica_id.unique_id)
+        id = serve.get_replica_context().replica_id.unique_id
+        self.replica: Replica | VllmReplica
+        if plan.recipe.serve.backend == "vllm":
+            from rayft.serve.vllm_loading import vllm_replica
+
+            self.replica = await vllm_replica(plan, device, threads, id)
+        else:
+            from rayft.serve.loading import replica
+
+            if threads is not None:
+                torch.set_num_threads(threads)
+            self.replica = replica(plan, device, id)
         for alias in Registry(plan.registry).aliases().values():
             for content in pinned_contents(alias).values():
                 try:
@@ -66,21 +77,35 @@ class Engines:
     async def states(self) -> list[ReplicaState]:
         return await self.replica.states()
 
+    def check_health(self) -> None:  # Ray Serve's name, and so are the next ones
+        self.replica.check()
+
+    def __del__(self) -> None:
+        replica = getattr(self, "replica", None)
+        if (process := getattr(replica, "process", None)) is not None:
+            process.close()
+
     def record_autoscaling_stats(self) -> dict[str, float]:
-        return {QUEUED_TOKENS: float(self.replica.engine.queued_tokens)}
+        return {QUEUED_TOKENS: float(self.replica.queued_tokens)}
 
     def record_routing_stats(self) -> dict[str, Any]:
-        return {"adapters": sorted(self.replica.engine.adapters.loaded)}
+        return {"adapters": sorted(self.replica.loaded)}
 
 
 class Api:
     """The HTTP side: routes, names, limits. One process, so that limits are exact."""
 
     def __init__(self, plan: Plan, engines: Any) -> None:
+        """engines: None where a vLLM that runs already answers."""
         self.plan, self.engines = plan, engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Ray Serve's name
         from rayft.serve.assemble import assemble
+
+        if self.plan.attach is not None:
+            from rayft.serve.vllm_loading import attached
+
+            return assemble(self.plan, attached(self.plan, self.plan.attach))
         from rayft.serve.ray_backend import RayBackend
 
         return assemble(self.plan, RayBackend(self.engines))
@@ -88,6 +113,11 @@ class Api:
 
 def application(plan: Plan, device: str, threads: int | None, resources: dict[str, float]) -> Any:
     """What `serve.run` takes. resources: of one engine, with Ray's names."""
+    api = serve.deployment(
+        serve.ingress()(Api), name="api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MOST_JOBS
+    )
+    if plan.attach is not None:
+        return api.bind(plan, None)
     low, high = plan.recipe.serve.replicas if isinstance(plan.recipe.serve.replicas, tuple) else (0, 0)
     scaling = {
         "min_replicas": low,
@@ -112,8 +142,5 @@ def application(plan: Plan, device: str, threads: int | None, resources: dict[st
         request_router_config={"request_router_class": ROUTER},
         health_check_period_s=5,
         graceful_shutdown_timeout_s=30,
-    )
-    api = serve.deployment(
-        serve.ingress()(Api), name="api", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MOST_JOBS
     )
     return api.bind(plan, engines.bind(plan, device, threads))

@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def deploy(
     source: str | Path | Mapping[str, Any] | Recipe | Sequence[Any] | None = None,
     overrides: Sequence[str] = (),
     *,
+    attach: str | None = None,
     insecure: bool = False,
     patience: float = 600,
 ) -> Server:
@@ -68,7 +69,7 @@ def deploy(
     from rayft.runtime import session
 
     sources: list[Any] = [] if source is None else list(source) if isinstance(source, list | tuple) else [source]
-    planned = plan(sources, overrides)
+    planned = replace(plan(sources, overrides), attach=attach)
     section = planned.recipe.serve
     check_keys(planned.recipe, section.host, insecure)
     if session.existing() is None:
@@ -124,6 +125,8 @@ def bind(planned: Plan) -> Any:
     """
     from rayft.serve.deployments import application
 
+    if planned.attach is not None:
+        return application(planned, "cpu", None, {})
     placement = _place(planned.recipe)
     device = "gpu" if placement.use_gpu else "cpu"
     threads = None if placement.use_gpu else placement.cpus_per_worker

@@ -59,6 +59,7 @@ _STATUS = {
     "R840": 404,
     "R841": 405,
     "R842": 403,
+    "R867": 503,
     "R000": 500,
 }
 """What is not 400 for a UsageError and 500 for any other error. 499: the client has gone, and nobody reads it. R420, a

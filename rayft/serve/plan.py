@@ -42,6 +42,8 @@ class Plan:
     """Folder of names and versions."""
     folder: str
     """Where the server keeps what it writes down: its address, numbers about requests."""
+    attach: str | None = None
+    """Address of a vLLM that runs already and answers instead of engines of this server."""
 
 
 def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: Sequence[str] = ()) -> Plan:

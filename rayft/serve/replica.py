@@ -81,6 +81,19 @@ class Replica:
     def close(self) -> None:
         self.runner.stop()
 
+    @property
+    def queued_tokens(self) -> int:
+        """Of the prompts that wait."""
+        return self.engine.queued_tokens
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Content hashes in device slots."""
+        return tuple(self.engine.adapters.loaded)
+
+    def check(self) -> None:
+        """Nothing: this engine ends with its process."""
+
     async def card(self) -> ModelCard:
         return self._card
 
@@ -116,9 +129,9 @@ class Replica:
                 id=self.id,
                 running=len(engine.scheduler.running),
                 waiting=len(engine.scheduler.queue),
-                queued_tokens=engine.queued_tokens,
+                queued_tokens=self.queued_tokens,
                 kv_cache_usage=engine.cache.used / engine.cache.budget,
-                loaded=tuple(engine.adapters.loaded),
+                loaded=self.loaded,
                 cached=self.cache.hashes,
                 max_loras=engine.settings.max_loras,
                 steps=counters.steps,

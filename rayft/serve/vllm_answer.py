@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rayft.inference.request import Usage
+from rayft.inference.request import SamplingParams, Usage
+from rayft.inference.text import TextStream
 from rayft.serve.job import Finish, Piece, Token, ToolCall
 from rayft.serve.tool_parser import ToolParser
 
@@ -15,37 +16,62 @@ _FINISHES: Mapping[str, Finish] = {"stop": "stop", "repetition": "stop", "length
 
 
 class VllmAnswer:
-    """One answer of a job on its way to the client."""
+    """One answer of a job on its way to the client.
 
-    def __init__(self, index: int, tokenizer: PreTrainedTokenizerBase, parser: ToolParser | None, top: int) -> None:
-        """parser: reads tool calls out of the text. top: how many of the likeliest tokens were asked for."""
-        self.index, self.tokenizer, self.parser, self.top = index, tokenizer, parser, top
+    Text is made here, of vLLM's token ids: its own text begins with the prompt where that ends in half a character, and
+    is the base's tokenizer's, not the adapter's.
+    """
+
+    def __init__(
+        self, index: int, tokenizer: PreTrainedTokenizerBase, parser: ToolParser | None, sampling: SamplingParams
+    ) -> None:
+        """parser: reads tool calls out of the text."""
+        self.index, self.tokenizer, self.parser, self.top = index, tokenizer, parser, sampling.top_logprobs
+        self.text = TextStream(tokenizer, sampling.stop, sampling.min_tokens)
         self.tokens = 0
-        self._called = False
+        self._called = self._over = False
         self._reason: str | None = None
 
     def take(self, choice: Mapping[str, Any]) -> list[Piece]:
-        """A piece, or none where nothing is certain yet: what may become a call. choice: of a chunk, or of a whole body
-        of `/v1/completions` with `return_token_ids` and `return_tokens_as_token_ids`."""
-        self.tokens += len(choice.get("token_ids") or ())
+        """A piece, or none where nothing is certain yet: half a character, what may become a stop text or a call.
+
+        choice: of a chunk, or of a whole body of `/v1/completions` with `return_token_ids` and
+        `return_tokens_as_token_ids`.
+        """
+        if self._over:
+            return []
+        ids = choice.get("token_ids") or ()
         self._reason = choice.get("finish_reason") or self._reason
-        text, calls = self._read(choice["text"])
-        tokens = self._tokens(choice.get("logprobs"))
+        last = len(ids)
+        if choice.get("finish_reason") == "stop" and not isinstance(choice.get("stop_reason"), str):
+            last -= 1  # the token that ends the answer is no part of it
+        text, read = "", 0
+        for read, id in enumerate(ids, 1):
+            text += self.text.push(id) if read <= last else ""
+            if self.text.stopped:
+                self._over, self._reason = True, "stop"
+                break
+        self.tokens += read
+        text, calls = self._called_in(text)
+        tokens = self._tokens(choice.get("logprobs"))[:read]
         return [Piece(self.index, text, tokens, calls)] if text or calls or tokens else []
 
     def end(self, prompt: int, cached: int) -> Piece:
         """The last piece. prompt, cached: tokens of the prompt, and how many of them came from the cache."""
-        text, calls = "", ()
+        text, calls = self._called_in(self.text.finish())
+        if self.text.stopped:  # by the last characters
+            self._reason = "stop"
         if self.parser is not None:
-            text, calls = self.parser.finish()
-            self._called = self._called or bool(calls)
+            rest, more = self.parser.finish()
+            text, calls = text + rest, (*calls, *more)
+        self._called = self._called or bool(calls)
         reason: Finish = _FINISHES.get(self._reason or "", "error")
         if reason == "stop" and self._called:
             reason = "tool_calls"
         error = f"vLLM ended the answer with {self._reason}" if reason == "error" else None
         return Piece(self.index, text, (), calls, reason, Usage(prompt, self.tokens, cached), error)
 
-    def _read(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
+    def _called_in(self, text: str) -> tuple[str, tuple[ToolCall, ...]]:
         if self.parser is None or not text:
             return text, ()
         text, calls = self.parser.push(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -166,7 +166,7 @@ class VllmBackend:
 
     async def _answered(
         self, job: Job, body: dict[str, Any], answers: Sequence[VllmAnswer]
-    ) -> AsyncIterator[Sequence[Piece]]:
+    ) -> AsyncGenerator[Sequence[Piece]]:
         """Pieces of one try. What ends an answer comes last of all, when vLLM has counted the tokens."""
         async with AsyncExitStack() as stack:
             content = job.adapter or self.zero
@@ -239,7 +239,7 @@ class VllmBackend:
             checked(grammar)
             body["structured_outputs"] = {"grammar": to_llguidance(grammar)}
         parser = (lambda: renderer.parser(talk)) if talk else (lambda: None)
-        answers = [VllmAnswer(index, renderer.tokenizer, parser(), sampling.top_logprobs) for index in range(job.n)]
+        answers = [VllmAnswer(index, renderer.tokenizer, parser(), sampling) for index in range(job.n)]
         return body, answers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import aiohttp
@@ -63,7 +63,7 @@ class VllmClient:
         """One that is not there is no error. Raises UsageError R867."""
         await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
-    async def completions(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def completions(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """The chunks of a stream, or the one body of what is none. Closing the iterator cancels the request.
 
         Raises:
