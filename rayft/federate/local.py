@@ -20,7 +20,7 @@ from rayft.federate.data import ClientData, Shares, held_out
 from rayft.federate.messages import Alphas, Answer
 from rayft.federate.start import sent, start, trained
 from rayft.federate.state import State
-from rayft.federate.task import Block, Measured, Opening, Task
+from rayft.federate.task import Block, Measured, Opening, Task, kept_file
 from rayft.models.load import torch_dtype
 from rayft.multilora.bank import AdapterState
 from rayft.multilora.pack import Pack
@@ -282,11 +282,6 @@ def seed_of(seed: int, client: int, number: int) -> int:
     """Of a client's data order and dropout in a round."""
     digest = hashlib.blake2b(f"{seed}/{client}/{number}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
-
-
-def kept_file(run: str, client: int, number: int) -> str:
-    """Where a client's state after a round lies."""
-    return f"{run}/clients/{client}/{number}.pt"
 
 
 def _reason(error: Exception) -> str:

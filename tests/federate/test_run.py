@@ -19,8 +19,9 @@ from rayft.errors import RayftError, UsageError
 from rayft.federate import run
 from rayft.federate.books import read_book
 from rayft.federate.data import ClientData, Shares, held_out
-from rayft.federate.local import LocalJob, PackLocal, kept_file, seed_of
+from rayft.federate.local import LocalJob, PackLocal, seed_of
 from rayft.federate.state import norm
+from rayft.federate.task import kept_file
 from rayft.runs.folder import RunFolder
 from rayft.runs.reference import resolve
 from rayft.train import fit
@@ -282,6 +283,18 @@ def test_fedprox_pulls_to_the_start_and_without_mu_is_fedavg(federation: Federat
         return norm({name: tensor - start[name] for name, tensor in tensors(folder).items()})
 
     assert moved(near.folder) < 0.7 * moved(plain.folder)
+
+
+def test_fedsa_leaves_an_adapter_for_each_client(federation: Federations) -> None:
+    result = quiet(federation(aggregation="fedsa", evaluate={"holdout": 0.25}))
+    folders = [Path(result.path, "clients", str(client), "adapter") for client in range(4)]
+    found = [tensors(str(folder)) for folder in folders]
+    for name in found[0]:
+        shared = torch.equal(found[0][name], found[1][name])
+        assert shared == (".lora_A" in name), name
+        assert torch.count_nonzero(found[0][name])
+    rows = RunFolder.open(result.path).metrics()
+    assert "validation_loss" not in rows[-1] and rows[1]["federated_loss"] < rows[0]["federated_loss"]
 
 
 def test_shares_are_read_as_they_were_written(federation: Federations) -> None:
