@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from rayft.config.recipe import Recipe
-from rayft.data.examples import Selection
 from rayft.data.micro_batches import MICRO_TOKENS
 from rayft.errors import RayftError
 from rayft.federate.data import ClientData, Shares, held_out
@@ -220,7 +219,7 @@ class PackLocal:
                 continue
             personal = self._kept(number, block.kept.get(number)).get("personal", {})
             begun = start(self.federate, task.server.state, task.setting.alphas, task.setting.rank_of(number))
-            examples = Selection(self._train_file(), indices)
+            examples = ClientData(self.data.folder, self.data.hash, tuple(map(int, indices))).split("train")
             loss = self._loss({**begun, **personal}, examples)
             found.append(Measured(number, loss, len(indices)))
         return found
@@ -245,11 +244,6 @@ class PackLocal:
 
     def _examples(self, client: int) -> tuple[Any, Any]:
         return held_out(self.shares.of(client), self.federate.evaluate.holdout, self.recipe.seed, client)
-
-    def _train_file(self) -> str:
-        examples = self.data.split("train")
-        assert examples is not None
-        return examples.path
 
     def _kept(self, client: int, number: int | None) -> dict[str, Any]:
         if number is None:
