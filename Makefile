@@ -58,6 +58,7 @@ demo-kill: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/train.py $(ARGS)
 	$(BIN)/python benchmarks/tune.py $(ARGS)
+	$(BIN)/python benchmarks/federate.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
