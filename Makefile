@@ -63,6 +63,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/train.py $(ARGS)
 	$(BIN)/python benchmarks/tune.py $(ARGS)
 	$(BIN)/python benchmarks/serve.py $(ARGS)
+	$(BIN)/python benchmarks/federate.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

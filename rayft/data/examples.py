@@ -80,10 +80,11 @@ class Examples:
 
 
 class Selection(Examples):
-    """Some of the examples of a file, in the given order. Pickles as path and indices."""
+    """Some of the examples of a file, in the given order. Shares the open file; pickles as path and indices."""
 
-    def __init__(self, path: str | Path, indices: Sequence[int] | np.ndarray) -> None:
-        super().__init__(path)
+    def __init__(self, whole: Examples | str | Path, indices: Sequence[int] | np.ndarray) -> None:
+        self.whole = whole if isinstance(whole, Examples) else Examples(whole)
+        self.path = self.whole.path
         self.indices = np.asarray(indices, dtype=np.int64)
 
     def __reduce__(self) -> Any:
@@ -93,24 +94,24 @@ class Selection(Examples):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        if index == -1:
-            return super().__getitem__(-1)
-        if not 0 <= index < len(self):
+        if index != -1 and not 0 <= index < len(self):
             raise IndexError(index)
-        begin = int(self.indices[index])
-        batch = int(np.searchsorted(self._starts, begin, side="right")) - 1
-        first, last = self._offsets[batch][begin - self._starts[batch] :][:2]
-        return {name: values[first:last] for name, values in self._values[batch].items()}
+        return self.whole[-1 if index == -1 else int(self.indices[index])]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32[n]: tokens per example."""
-        return np.asarray(Examples(self.path).lengths[self.indices])
+        return np.asarray(self.whole.lengths[self.indices])
 
     @cached_property
     def weight_sums(self) -> np.ndarray:
         """float64[n]: sum of the loss weights of each example."""
-        return np.asarray(Examples(self.path).weight_sums[self.indices])
+        return np.asarray(self.whole.weight_sums[self.indices])
+
+    def column(self, name: str) -> list[Any]:
+        """A column with one value per example, such as ``source``."""
+        values = self.whole.column(name)
+        return [values[index] for index in self.indices]
 
 
 class Writer:

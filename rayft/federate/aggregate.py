@@ -22,7 +22,7 @@ from rayft.federate.messages import Alphas, Answer, Partial, Server
 from rayft.federate.noise import Noise
 from rayft.federate.privacy import clipped, denominator, next_clip, noise_multiplier
 from rayft.federate.start import sent, start, trained
-from rayft.federate.state import State, added, difference, norm, rounded, scaled, size_of, weighted_sum
+from rayft.federate.state import State, added, difference, rounded, scaled, size_of, weighted_sum
 from rayft.federate.tree import joined
 
 
@@ -59,7 +59,7 @@ def reason_to_refuse(setting: Setting, server: Server, answer: Answer) -> str:
     for name in expected:
         if answer.state[name].shape != begun[name].shape:
             return f"{name} has the shape {list(answer.state[name].shape)}, not {list(begun[name].shape)}"
-        if not torch.isfinite(answer.state[name]).all():
+        if not math.isfinite(answer.state[name].sum(dtype=torch.float64)):
             return f"{name} is not finite"
     if answer.examples < 1:
         return "it has no examples"
@@ -76,14 +76,18 @@ def partial(setting: Setting, server: Server, answers: Sequence[Answer]) -> Part
     """
     federate = setting.federate
     total = Partial()
+    sums: dict[str, torch.Tensor] = {}
     for answer in sorted(answers, key=lambda answer: answer.client):
         if reason := reason_to_refuse(setting, server, answer):
             total = replace(total, failed=(*total.failed, (answer.client, reason)))
             continue
         if federate.wire == "bf16":
             answer = replace(answer, state=rounded(answer.state, torch.bfloat16))
-        total = join(total, _one(setting, server, answer))
-    return total
+        one = _one(setting, server, answer)
+        total = join(total, replace(one, sums={}))
+        for name, term in one.sums.items():
+            sums[name] = sums[name].add_(term) if name in sums else term
+    return replace(total, sums=sums)
 
 
 def join(one: Partial, other: Partial) -> Partial:
@@ -206,14 +210,14 @@ def _one(setting: Setting, server: Server, answer: Answer) -> Partial:
     if federate.method in ("svd", "flora") and products:
         return replace(lone, weight=weight, products=products)
     change: State = difference(answer.state, server.state)
-    facts["norm"] = norm(change)
     unclipped = 0
     if federate.privacy is not None:
         change, unclipped = clipped(change, server.clip)
         if federate.privacy.mode == "local" and server.clip is not None:
             noise = Noise(federate.privacy.noise_seed, setting.number, f"client {answer.client}")
             change = noise.added(change, federate.privacy.noise_multiplier * server.clip)
-    return replace(lone, weight=weight, sums=scaled(change, weight), products=products, unclipped=unclipped)
+    sums = {name: tensor.mul_(weight) if weight != 1 else tensor for name, tensor in change.items()}
+    return replace(lone, weight=weight, sums=sums, products=products, unclipped=unclipped)
 
 
 def _mean_change(setting: Setting, server: Server, total: Partial, noise: Noise | None) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -27,11 +27,15 @@ class ClientData(Prepared):
     indices: tuple[int, ...] = ()
 
     def split(self, name: Literal["train", "validation"]) -> Examples | None:
-        if name != "train":
-            return None
-        whole = super().split("train")
-        assert whole is not None
-        return Selection(whole.path, self.indices)
+        return Selection(_whole(self.folder), self.indices) if name == "train" else None
+
+
+@lru_cache(maxsize=2)
+def _whole(folder: str) -> Examples:
+    """All training examples, opened once per process."""
+    examples = Prepared(folder, "").split("train")
+    assert examples is not None
+    return examples
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _run(
 ) -> FederateResult:
     from rayft.federate.books import Books
     from rayft.federate.display import Display
-    from rayft.federate.export import export
+    from rayft.federate.export import export, export_personal
     from rayft.federate.federation import Federation, Plan
 
     recipe, settled = prepared.recipe, prepared.settled
@@ -152,6 +152,8 @@ def _run(
                 stopping=asked.is_set,
             )
             book, ended = federation.run()
+        if federate.method == "fedsa":
+            export_personal(folder, federation.opening, book.server, book.kept)
     except RayftError:
         folder.note(seconds=before + time.time() - began)
         _report(folder, federate, names)
@@ -218,6 +220,7 @@ def _split_there(recipe: dict[str, Any], folder: str, hash: str, path: str) -> A
 
 
 def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, population: int) -> Pool:
+    from rayft.federate import preflight
     from rayft.federate.data import PARTITION
     from rayft.federate.local import LocalJob
     from rayft.federate.pool import Actors, Here
@@ -235,12 +238,13 @@ def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, populati
         shares=str(folder.location / PARTITION),
         init_from=prepared.init_adapter,
     )
+    units = math.ceil(expected(federate, population) * (1 + federate.cohort.over_selection) / federate.pack_size)
+    count = max(1, min(placement.workers[0], units)) if placement is not None else 1
+    preflight.check(prepared, federate, count)
     if placement is None:
         return Here(job)
     from rayft.train.launch import worker_environment
 
-    units = math.ceil(expected(federate, population) * (1 + federate.cohort.over_selection) / federate.pack_size)
-    count = max(1, min(placement.workers[0], units))
     return Actors(job, count, dict(placement.resources), worker_environment(prepared.recipe))
 
 

@@ -275,7 +275,8 @@ class Federation:
             return {}
         task = Task(self._setting(number), self._message(server), self.learning_rate(number))
         row: dict[str, float] = {}
-        if how.central and (loss := self._call("central", task)) is not None:
+        shared = self.federate.method != "fedsa"  # which has no adapter for everybody
+        if how.central and shared and (loss := self._call("central", task)) is not None:
             row["validation_loss"] = loss
         if how.holdout:
             clients = evaluation.chosen(self.federate, self.plan.population, self.plan.seed, number)

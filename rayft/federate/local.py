@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from rayft.config.recipe import Recipe
-from rayft.data.examples import Selection
 from rayft.data.micro_batches import MICRO_TOKENS
 from rayft.errors import RayftError
 from rayft.federate.data import ClientData, Shares, held_out
 from rayft.federate.messages import Alphas, Answer
 from rayft.federate.start import sent, start, trained
 from rayft.federate.state import State
-from rayft.federate.task import Block, Measured, Opening, Task
+from rayft.federate.task import Block, Measured, Opening, Task, kept_file
 from rayft.models.load import torch_dtype
 from rayft.multilora.bank import AdapterState
 from rayft.multilora.pack import Pack
@@ -220,7 +219,7 @@ class PackLocal:
                 continue
             personal = self._kept(number, block.kept.get(number)).get("personal", {})
             begun = start(self.federate, task.server.state, task.setting.alphas, task.setting.rank_of(number))
-            examples = Selection(self._train_file(), indices)
+            examples = ClientData(self.data.folder, self.data.hash, tuple(map(int, indices))).split("train")
             loss = self._loss({**begun, **personal}, examples)
             found.append(Measured(number, loss, len(indices)))
         return found
@@ -245,11 +244,6 @@ class PackLocal:
 
     def _examples(self, client: int) -> tuple[Any, Any]:
         return held_out(self.shares.of(client), self.federate.evaluate.holdout, self.recipe.seed, client)
-
-    def _train_file(self) -> str:
-        examples = self.data.split("train")
-        assert examples is not None
-        return examples.path
 
     def _kept(self, client: int, number: int | None) -> dict[str, Any]:
         if number is None:
@@ -282,11 +276,6 @@ def seed_of(seed: int, client: int, number: int) -> int:
     """Of a client's data order and dropout in a round."""
     digest = hashlib.blake2b(f"{seed}/{client}/{number}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
-
-
-def kept_file(run: str, client: int, number: int) -> str:
-    """Where a client's state after a round lies."""
-    return f"{run}/clients/{client}/{number}.pt"
 
 
 def _reason(error: Exception) -> str:

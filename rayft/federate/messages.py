@@ -96,6 +96,6 @@ class Partial:
     unclipped: int = 0
     """Clients whose change was not longer than the clipping norm."""
     facts: dict[str, float] = field(default_factory=dict)
-    """Sums over clients: loss_weight, loss x loss_weight, steps, tokens, examples, norm."""
+    """Sums over clients: loss_weight, loss x loss_weight, steps, tokens, examples, bytes_up."""
     failed: tuple[tuple[int, str], ...] = ()
     """(client, reason) of those that are left out."""

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from rayft.config.federate import Federate, Privacy
@@ -131,23 +132,28 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
     any change may become any other (half of the multiplier again); the worst case is a client that was always there.
     """
     counts = Counter((r.noise_multiplier, r.sampling, r.population, r.cohort) for r in releases)
+    return _epsilon(tuple(sorted(counts.items())), delta)
+
+
+@lru_cache(maxsize=64)  # each is asked twice: before its round, and for its row
+def _epsilon(counts: tuple[tuple[tuple[float, str, int, float], int], ...], delta: float) -> float:
     if not counts:
         return 0.0
-    if any(multiplier == 0 for multiplier, *_ in counts):
+    if any(multiplier == 0 for (multiplier, *_), _ in counts):
         return math.inf
-    if len({sampling for _, sampling, *_ in counts}) > 1:
+    if len({sampling for (_, sampling, *_), _ in counts}) > 1:
         raise ValueError("releases of different samplings have different neighbours and cannot be added up")
     import dp_accounting
     from dp_accounting import pld, rdp
 
-    sampling = next(iter(counts))[1]
+    sampling = counts[0][0][1]
     neighbours = dp_accounting.NeighboringRelation
     accountant: Any
     if sampling == "fixed":
         accountant = rdp.RdpAccountant(neighboring_relation=neighbours.REPLACE_ONE)
     else:
         accountant = pld.PLDAccountant(neighbours.ADD_OR_REMOVE_ONE)
-    for (multiplier, _, population, cohort), count in sorted(counts.items()):
+    for (multiplier, _, population, cohort), count in counts:
         if sampling == "poisson":
             event = dp_accounting.PoissonSampledDpEvent(cohort / population, dp_accounting.GaussianDpEvent(multiplier))
         elif sampling == "fixed":

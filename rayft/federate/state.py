@@ -22,8 +22,8 @@ def like(state: State, model: State) -> dict[str, torch.Tensor]:
 
 
 def difference(state: State, start: State) -> dict[str, torch.Tensor]:
-    """state - start, in fp64, of the tensors of ``state``."""
-    return {name: tensor.double() - start[name].double() for name, tensor in state.items()}
+    """state - start, in fp64, of the tensors of ``state``. New tensors, which the caller may change."""
+    return {name: tensor.to(torch.float64, copy=True).sub_(start[name]) for name, tensor in state.items()}
 
 
 def scaled(state: State, factor: float) -> dict[str, torch.Tensor]:

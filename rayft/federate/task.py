@@ -81,3 +81,8 @@ class Trained:
     """Bytes, of the process."""
     changes: tuple[tuple[int, State], ...] = ()
     """fedbuff only: (client, change) one by one."""
+
+
+def kept_file(run: str, client: int, number: int) -> str:
+    """Where in a run's folder a client's state after a round lies."""
+    return f"{run}/clients/{client}/{number}.pt"

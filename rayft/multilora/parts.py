@@ -91,7 +91,7 @@ class _Taker:
             _misfit(f"which has no module {name}")
         if "base" in parts:
             _same(name, module, parts.pop("base"))
-        bias = module.bias if isinstance(module, nn.Linear | nn.LayerNorm) else None
+        bias: torch.Tensor | None = module.bias if isinstance(module, nn.Linear | nn.LayerNorm) else None
         if "bias" in parts and "weight" not in parts:
             trained = parts.pop("bias")
             if bias is None:

@@ -17,7 +17,6 @@ from rayft.models.save import BASE
 from rayft.multilora.bank import AdapterState
 from rayft.serve.job import Content
 
-
 PER_TENSOR = 4096
 """Bytes that a tensor takes besides its numbers: objects, rounded sizes, gaps. Measured with adapters of 0.5 MB in 56
 tensors."""

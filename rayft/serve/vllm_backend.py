@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from transformers import PreTrainedTokenizerBase
 
 from rayft.errors import UsageError
-from rayft.inference.grammar_text import checked, to_llguidance
+from rayft.inference.grammar_limits import check
+from rayft.inference.grammar_text import to_llguidance
 from rayft.inference.request import Overloaded
 from rayft.serve.backend import ModelCard, ReplicaState
 from rayft.serve.job import Content, Conversation, Job, Piece
@@ -236,7 +237,7 @@ class VllmBackend:
         if job.tenant:  # tenants never share cached prefixes
             body["cache_salt"] = hashlib.sha256(job.tenant.encode()).hexdigest()
         if grammar is not None:
-            checked(grammar)
+            check(grammar)
             body["structured_outputs"] = {"grammar": to_llguidance(grammar)}
         parser = (lambda: renderer.parser(talk)) if talk else (lambda: None)
         answers = [VllmAnswer(index, renderer.tokenizer, parser(), sampling) for index in range(job.n)]

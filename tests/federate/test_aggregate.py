@@ -13,6 +13,7 @@ from rayft.config.federate import STRATEGIES, Federate
 from rayft.errors import UsageError
 from rayft.federate.aggregate import aggregate, buffered, finish, join, partial
 from rayft.federate.messages import Answer, Partial, Server
+from rayft.federate.preflight import Room, refuse
 from rayft.federate.robust import krum
 from rayft.federate.state import difference, norm
 from rayft.federate.tree import Tree, joined
@@ -237,6 +238,16 @@ def test_a_preset_is_the_published_setting_and_yields_to_keys() -> None:
     mine = Federate(preset="openfedllm", rounds=3, cohort={"sampling": "poisson"})
     assert (mine.rounds, mine.cohort.size, mine.cohort.sampling) == (3, 2, "poisson")
     assert Federate(preset="openfedllm", local_epochs=1.0).local_steps is None
+
+
+def test_a_block_that_does_not_fit_is_told_how_many_do() -> None:
+    room = Room(free=10e9, base=4 * 10**9, client=10**9)
+    refuse(room, 7, 1, "cpu")
+    with pytest.raises(UsageError, match=r"R905.*12.0 GB.*10.0 GB") as caught:
+        refuse(room, 9, 1, "gpu")
+    assert caught.value.hint == "federate.pack_size=7"
+    with pytest.raises(UsageError, match="shared by 2 workers"):
+        refuse(Room(free=1e9, base=4 * 10**9, client=10**9), 1, 2, "cpu")
 
 
 def test_joining_keeps_what_each_part_knows() -> None:

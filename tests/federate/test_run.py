@@ -19,8 +19,9 @@ from rayft.errors import RayftError, UsageError
 from rayft.federate import run
 from rayft.federate.books import read_book
 from rayft.federate.data import ClientData, Shares, held_out
-from rayft.federate.local import LocalJob, PackLocal, kept_file, seed_of
+from rayft.federate.local import LocalJob, PackLocal, seed_of
 from rayft.federate.state import norm
+from rayft.federate.task import kept_file
 from rayft.runs.folder import RunFolder
 from rayft.runs.reference import resolve
 from rayft.train import fit
@@ -282,6 +283,47 @@ def test_fedprox_pulls_to_the_start_and_without_mu_is_fedavg(federation: Federat
         return norm({name: tensor - start[name] for name, tensor in tensors(folder).items()})
 
     assert moved(near.folder) < 0.7 * moved(plain.folder)
+
+
+def test_fedsa_leaves_an_adapter_for_each_client(federation: Federations) -> None:
+    result = quiet(federation(aggregation="fedsa", evaluate={"holdout": 0.25}))
+    folders = [Path(result.path, "clients", str(client), "adapter") for client in range(4)]
+    found = [tensors(str(folder)) for folder in folders]
+    for name in found[0]:
+        shared = torch.equal(found[0][name], found[1][name])
+        assert shared == (".lora_A" in name), name
+        assert torch.count_nonzero(found[0][name])
+    rows = RunFolder.open(result.path).metrics()
+    assert "validation_loss" not in rows[-1] and rows[1]["federated_loss"] < rows[0]["federated_loss"]
+
+
+def test_ffa_trains_b_only_and_rolora_one_factor_a_round(federation: Federations) -> None:
+    begun = initial_a(federation(), 17)
+    frozen = tensors(quiet(federation(name="ffa", aggregation="ffa")).folder)
+    for name, tensor in frozen.items():
+        assert torch.equal(tensor, begun[name]) == (".lora_A" in name), name
+    path = quiet(federation(name="rolora", aggregation="rolora")).path
+    first, second = (tensors(f"{path}/rounds/{number}/adapter") for number in (1, 2))
+    for name in first:
+        assert torch.equal(first[name], begun[name]) == (".lora_A" in name), name
+        assert torch.equal(first[name], second[name]) == (".lora_B" in name), name
+
+
+def test_scaffold_corrects_from_the_second_round_on(federation: Federations) -> None:
+    """With c = 0 the first round is fedavg's; c_k is then the client's mean gradient, (w_t - y) / (K rate)."""
+    sgd = {"train.optim": "sgd", "train.max_grad_norm": 0.0, "train.learning_rate": 0.5, "aggregation": "ffa"}
+    one = federation(name="scaffold", strategy="scaffold", clients=1, weights="uniform", **sgd)
+    path = quiet(one).path
+    begun, after = initial_a(one, 17), tensors(f"{path}/rounds/1/adapter")
+    control = read_book(RunFolder.open(path), 1).server.control
+    assert control and all(".lora_B" in name for name in control)
+    for name, c in control.items():
+        assert torch.allclose(c, (begun[name] - after[name]).double() / (2 * 0.5), rtol=0, atol=1e-7)
+    many = {"weights": "uniform", "clients": 4, **sgd}
+    corrected = quiet(federation(name="corrected", strategy="scaffold", **many)).path
+    plain = quiet(federation(name="plain", **many)).path
+    assert alike(f"{corrected}/rounds/1/adapter", f"{plain}/rounds/1/adapter")
+    assert not alike(f"{corrected}/rounds/2/adapter", f"{plain}/rounds/2/adapter")
 
 
 def test_shares_are_read_as_they_were_written(federation: Federations) -> None:
