@@ -193,7 +193,8 @@ def engine(kind: str, options: dict[str, Any]) -> Generates:
 
 def main() -> None:
     kind, options = sys.argv[1], json.loads(sys.argv[2])
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, and so do processes that they start
     generates = engine(kind, options)
     print(json.dumps({"ready": kind}), file=answers, flush=True)
     for line in sys.stdin:
