@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray spells it so; it lowers workers, and the peers run at 0
 
 import ray
-from arms import Arm, PeerArm, ProcessArm, TogetherArm, open_gate, race
+from arms import PeerArm, ProcessArm, TogetherArm, open_gate, race
 from claim import claims_only_on_stdout, note, ratios, report, skip
 from configurations import CONFIGURATIONS, CORES, SEED, USUAL, Bench
 from tune_peer import TuneArm, sweep
