@@ -35,6 +35,7 @@ KINDS = {
     "token_adapter.base_layer.weight": "base",
 }
 """What PEFT's names end with, and what it is. Other names end with that of a parameter of the module."""
+KINDS_OF_MATRICES = {"A", "B", "magnitude", "base", "tokens"}
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(re.escape(ending) for ending in sorted(KINDS, key=len, reverse=True))})")
 
 OTHER_SETTINGS = ("alora_invocation_tokens", "lora_bias", "layer_replication", "arrow_config", "use_qalora")
@@ -74,6 +75,7 @@ def parts_of(state: AdapterState, mlora: MultiLora) -> Parts:
     taker = _Taker(config, mlora)
     for module, parts in tensors.items():
         taker.take(module, parts)
+    taker.tie()
     return Parts(config, taker.shared, taker.own)
 
 
@@ -84,21 +86,18 @@ class _Taker:
         self.config, self.mlora, self.overlays = config, mlora, mlora.overlays
         self.shared: dict[str, LoraWeights] = {}
         self.own: dict[str, tuple[Own, ...]] = {}
+        self.rows: HeadRows | None = None
+        """The tokens that have other rows in the embedding."""
 
     def take(self, name: str, parts: dict[str, torch.Tensor]) -> None:
         module = self.overlays.modules.get(name)
         if module is None:
             _misfit(f"which has no module {name}")
+        if not isinstance(module, nn.Linear | nn.Embedding) and (strange := parts.keys() & KINDS_OF_MATRICES):
+            _misfit(f"where {name} has no {min(strange)}")
         if "base" in parts:
             _same(name, module, parts.pop("base"))
-        bias: torch.Tensor | None = module.bias if isinstance(module, nn.Linear | nn.LayerNorm) else None
-        if "bias" in parts and "weight" not in parts:
-            trained = parts.pop("bias")
-            if bias is None:
-                _misfit(f"where {name} has no bias")
-            _fits(name, (trained,), (bias.shape,))
-            self.own[name] = (Shift(trained.detach().cpu().float() - bias.detach().cpu().float()),)
-            bias = trained
+        bias = self._bias(name, module, parts)
         if "tokens" in parts:
             self._tokens(name, module, parts.pop("tokens"))
             if parts:
@@ -106,16 +105,34 @@ class _Taker:
         elif {"A", "B"} <= parts.keys():
             update = {key: parts.pop(key) for key in ("A", "B")}
             magnitude = parts.pop("magnitude", None)
-            if isinstance(module, nn.Embedding):
-                self._embedding(name, module, update["A"], update["B"], magnitude)
-            elif isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):
                 self._linear(name, module, update["A"], update["B"], magnitude, bias)
-            else:
-                _misfit(f"where {name} is no linear layer")
+            elif isinstance(module, nn.Embedding):
+                self._embedding(name, module, update["A"], update["B"], magnitude)
             if parts:
                 raise refused(f"holds {name}.{min(parts)} beside LoRA")
         elif parts:
             self._copy(name, module, parts)
+
+    def tie(self) -> None:
+        """Where head and embedding are one matrix, both get the rows, unless the file has others for the head."""
+        head = self.overlays.head
+        if self.rows is None or head is None or not self.overlays.tied:
+            return
+        if not isinstance(self.own.setdefault(head, (self.rows,))[0], HeadRows):
+            raise refused(f"changes {head} beside the tokens that it has from the embedding")
+
+    def _bias(self, name: str, module: nn.Module, parts: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """That of the adapter if it has one, else the base's."""
+        own: torch.Tensor | None = module.bias if isinstance(module, nn.Linear | nn.LayerNorm) else None
+        if "bias" not in parts or "weight" in parts:
+            return own
+        if own is None:
+            _misfit(f"where {name} has no bias")
+        bias = parts.pop("bias").detach()
+        _fits(name, (bias,), (own.shape,))
+        self.own[name] = (Shift(bias.cpu().float() - own.detach().cpu().float()),)
+        return bias
 
     def _linear(
         self,
@@ -152,7 +169,6 @@ class _Taker:
         self.own[name] = (TokenUpdate(A.t().contiguous(), B * (factor * _scale(module)), gain),)
 
     def _tokens(self, name: str, module: nn.Module, rows: torch.Tensor) -> None:
-        """Where head and embedding are one matrix, both get the rows, unless the file has others for the head."""
         chosen: Any = self.config.trainable_token_indices
         if isinstance(chosen, dict):
             chosen = next((tokens for end, tokens in chosen.items() if f".{name}".endswith(f".{end}")), None)
@@ -160,17 +176,15 @@ class _Taker:
         if chosen is None or len(chosen) != len(rows) or rows.shape[1:] != weight.shape[1:]:
             _misfit(f"where the rows of {name} are not those of its trainable_token_indices")
         tokens = torch.tensor(chosen)
-        if len(tokens) and int(tokens.max()) >= len(weight):
-            raise refused(f"has token {int(tokens.max())}, and the base a vocabulary of {len(weight)} tokens")
+        if strange := [token for token in chosen if not 0 <= token < len(weight)]:
+            raise refused(f"trains token {strange[0]}, and the base has a vocabulary of {len(weight)} tokens")
         if not isinstance(module, nn.Embedding):
             self.own[name] = (HeadRows(tokens, rows),)
             return
         place = torch.full((len(weight),), -1)
         place[tokens] = torch.arange(len(tokens))
         self.own[name] = (TokenRows(place, rows * _scale(module)),)
-        head = self.overlays.head
-        if self.overlays.tied and head is not None:
-            self.own.setdefault(head, (HeadRows(tokens, rows),))
+        self.rows = HeadRows(tokens, rows)
 
     def _copy(self, name: str, module: nn.Module, parts: dict[str, torch.Tensor]) -> None:
         own = dict(module.named_parameters(recurse=False))

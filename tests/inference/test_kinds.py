@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from rayft.config.model import Model
@@ -143,6 +144,25 @@ REFUSED: dict[str, tuple[dict[str, torch.Tensor], str, str]] = {
     "another width": ({"model.norm.weight": tensor(32)}, "R803", r"model.norm takes \(64,\), not \(32,\)"),
     "one matrix": ({"lm_head.lora_A.weight": tensor(4, 64)}, "R803", "lm_head has no A"),
     "another base": ({"model.embed_tokens.base_layer.weight": tensor(1, 64)}, "R802", "vocabulary of 1 token"),
+    "a norm with LoRA": (
+        {"model.norm.lora_A.weight": tensor(4, 64), "model.norm.lora_B.weight": tensor(64, 4)},
+        "R803",
+        r"model.norm has no A",
+    ),
+    "LoRA and a copy": (
+        {
+            "lm_head.lora_A.weight": tensor(4, 64),
+            "lm_head.lora_B.weight": tensor(384, 4),
+            "lm_head.weight": tensor(384, 64),
+        },
+        "R802",
+        r"lm_head.weight beside LoRA",
+    ),
+    "tokens that are not named": (
+        {"model.embed_tokens.token_adapter.trainable_tokens_delta": tensor(3, 64)},
+        "R803",
+        "its trainable_token_indices",
+    ),
     "a magnitude of another size": (
         {
             "lm_head.lora_A.weight": tensor(4, 64),
@@ -166,6 +186,27 @@ def test_what_does_not_fit_is_refused(case: str, tiny_model_folder: str, kinds: 
         engine.register(state, "bot")
     assert error.value.id == id
     assert not engine.adapters.names and not engine.mlora.slots
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"trainable_token_indices": [3, 384]}, "trains token 384"),
+        ({"trainable_token_indices": [-1, 3]}, "trains token -1"),
+        ({"alora_invocation_tokens": [3]}, "the setting alora_invocation_tokens"),
+    ],
+)
+def test_settings_that_are_refused(
+    fields: dict[str, Any], message: str, tiny_model_folder: str, tokenizer: Any
+) -> None:
+    name = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    engine = Engine(sharpened(tiny_model_folder), tokenizer)
+    with pytest.raises(UsageError, match=message) as error:
+        engine.register(
+            AdapterState(LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **fields), {name: tensor(2, 64)}),
+            "bot",
+        )
+    assert error.value.id == "R802"
 
 
 def test_a_base_with_other_weights_is_noticed(tiny_model_folder: str, kinds: Stock, tokenizer: Any) -> None:
