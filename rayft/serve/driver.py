@@ -63,7 +63,7 @@ def deploy(
 
     Raises:
         UsageError: R860 and R861 (what cannot be served together), R862 (port in use), R863 (open to others without
-            keys); R1xx recipe, R3xx models, R4xx references, R5xx cluster.
+            keys), R867 (no vLLM); R1xx recipe, R3xx models, R4xx references, R5xx cluster.
         RunFailed: R864, the server did not start.
     """
     from rayft.runtime import session
@@ -74,6 +74,7 @@ def deploy(
     check_keys(planned.recipe, section.host, insecure)
     if session.existing() is None:
         check_address(section.host, section.port)
+        check_vllm(planned)
     address = session.connect(planned.recipe)
     host, port = _listening() or (section.host, section.port or _free_port(section.host))
     check_keys(planned.recipe, host, insecure)
@@ -101,6 +102,22 @@ def check_address(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UsageError("R862", f"cannot listen on {host}:{port}: {error.strerror}", "serve.port=...") from error
+
+
+def check_vllm(planned: Plan) -> None:
+    """Raises UsageError R867 where vLLM is to answer, and is not there."""
+    if planned.attach is not None:
+        from rayft.serve.vllm_client import address
+
+        try:
+            with urllib.request.urlopen(f"{address(planned.attach)}/v1/models", timeout=10):
+                return
+        except (OSError, ValueError) as error:
+            raise UsageError("R867", f"the vLLM at {planned.attach} does not answer: {error}") from error
+    if planned.recipe.serve.backend == "vllm":
+        from rayft.serve.vllm_process import program
+
+        program(planned.recipe.serve, planned.base)
 
 
 def register(planned: Plan) -> None:

@@ -114,7 +114,7 @@ def check(content: Content, trust: Trust) -> None:
         raise UsageError("R803", "this adapter was trained on other base weights than those that are served")
     ranks = [tensor.shape[0] for name, tensor in state.tensors.items() if name.endswith(".lora_A.weight")]
     if reason := unsupported(vars(state.config), max(ranks, default=0), trust.max_rank):
-        raise UsageError("R866", f"vLLM cannot serve this adapter: {reason}", "serve it with serve.backend=rayft")
+        raise UsageError("R866", f"vLLM cannot serve this adapter: {reason}", "see docs/serving-vllm.md")
 
 
 def unsupported(config: dict[str, Any], rank: int, max_rank: int | None) -> str | None:

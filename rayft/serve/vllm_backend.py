@@ -24,7 +24,7 @@ from rayft.serve.backend import ModelCard, ReplicaState
 from rayft.serve.job import Content, Conversation, Job, Piece
 from rayft.serve.vllm_adapters import Trust, VllmAdapters
 from rayft.serve.vllm_answer import VllmAnswer
-from rayft.serve.vllm_client import UnknownModel, VllmClient
+from rayft.serve.vllm_client import LoadsNone, UnknownModel, VllmClient
 from rayft.serve.voices import Voices
 
 
@@ -170,8 +170,7 @@ class VllmBackend:
     ) -> AsyncGenerator[Sequence[Piece]]:
         """Pieces of one try. What ends an answer comes last of all, when vLLM has counted the tokens."""
         async with AsyncExitStack() as stack:
-            content = job.adapter or self.zero
-            name = self._served if content is None else await stack.enter_async_context(self.adapters.using(content))
+            name = await self._name(job, stack)
             chunks = await stack.enter_async_context(aclosing(self.client.completions({**body, "model": name})))
             cached = 0
             gathered: list[Piece] = []
@@ -184,6 +183,17 @@ class VllmBackend:
                     yield gathered
                     gathered = []
             yield [*gathered, *(answer.end(len(body["prompt"]), cached) for answer in answers)]
+
+    async def _name(self, job: Job, stack: AsyncExitStack) -> str:
+        """What vLLM calls the model of a job; its adapter stays there until ``stack`` ends."""
+        if job.adapter is not None:
+            return await stack.enter_async_context(self.adapters.using(job.adapter))
+        if self.zero is not None:
+            try:
+                return await stack.enter_async_context(self.adapters.using(self.zero))
+            except LoadsNone:
+                self.zero = None  # no adapter ever shares a batch with the base
+        return self._served
 
     def _prepare(self, job: Job, card: ModelCard) -> tuple[dict[str, Any], list[VllmAnswer]]:
         """The body of a request to /v1/completions, without the model's name, and who reads the answers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -22,12 +21,16 @@ class UnknownModel(RayftError):
     """vLLM has no model of this name (any more)."""
 
 
+class LoadsNone(UsageError):
+    """This vLLM loads no adapters while it runs."""
+
+
 class VllmClient:
     """Used in one event loop. `close` ends its connections."""
 
     def __init__(self, url: str) -> None:
         """url: `http://HOST:PORT`, with or without `/v1`."""
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = address(url)
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -56,8 +59,8 @@ class VllmClient:
             return
         message = _message(text)
         if (status in (404, 405) and "adapter" not in message) or "LoRA is not enabled" in message:
-            raise UsageError("R867", f"the vLLM at {self.url} loads no adapters while it runs", HINT)
-        raise UsageError("R866", f"vLLM does not take this adapter: {message}", "serve it with serve.backend=rayft")
+            raise LoadsNone("R867", f"the vLLM at {self.url} loads no adapters while it runs", HINT)
+        raise UsageError("R866", f"vLLM does not take this adapter: {message}", "see docs/serving-vllm.md")
 
     async def unload(self, name: str) -> None:
         """One that is not there is no error. Raises UsageError R867."""
@@ -116,10 +119,14 @@ class VllmClient:
         return UsageError("R867", f"the vLLM at {self.url} does not answer: {error or type(error).__name__}")
 
     def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            asyncio.get_running_loop()  # aiohttp's session belongs to the loop it is made in
+        if self._session is None:  # it belongs to the loop that runs now
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), read_bufsize=2**20)
         return self._session
+
+
+def address(url: str) -> str:
+    """Without what belongs to routes."""
+    return url.rstrip("/").removesuffix("/v1")
 
 
 def _refusal(status: int, text: str, body: dict[str, Any]) -> RayftError:

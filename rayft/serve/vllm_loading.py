@@ -14,7 +14,7 @@ from rayft.serve.vllm_process import VllmProcess, command, environment, free_por
 from rayft.serve.vllm_zero import skeleton, zero_adapter
 
 ZERO = "zero-adapter"
-"""Folder, in the server's."""
+"""Folder, in the server's; each replica writes one of its own."""
 
 
 class VllmReplica(VllmBackend):
@@ -64,7 +64,7 @@ async def vllm_replica(plan: Plan, device: str, threads: int | None, id: str = "
         process.url,
         load.load_tokenizer(recipe, folder),
         _facts(plan, model, dtype),
-        zero=zero_adapter(model, Path(plan.folder, ZERO)) if device == "cpu" else None,
+        zero=zero_adapter(model, Path(plan.folder, f"{ZERO}-{id}")) if device == "cpu" else None,
         limits=VllmLimits(
             serve.max_prompt_tokens, serve.max_queued_tokens, largest_rank(serve, rank), most_loras(serve)
         ),

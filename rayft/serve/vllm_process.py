@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import signal
@@ -24,25 +23,39 @@ PATIENCE = 900.0
 LEAST_RANK = 16
 FEW_LORAS = 8
 
-_TIED = (
-    "import ctypes, os, sys\n"
-    "if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, 15)\n"
-    "if os.getppid() != int(sys.argv[1]): sys.exit('its parent has gone')\n"
-    "os.execvp(sys.argv[2], sys.argv[2:])\n"
-)
-"""Runs a command that gets SIGTERM when the process (on Linux) that started it dies, however that dies."""
+_GUARD = """
+import os, select, signal, subprocess, sys
+if os.fork():
+    os.wait()
+    sys.exit()
+child = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL)
+while child.poll() is None and not select.select([0], [], [], 0.5)[0]:
+    pass
+child.terminate()
+try:
+    child.wait(float(sys.argv[1]))
+except subprocess.TimeoutExpired:
+    pass
+os.killpg(0, signal.SIGKILL)
+"""
+"""Runs a command until its standard input is closed, which happens when the process at the other end dies, however that
+dies; then it ends all that the command has started. It forks because Ray kills the children of a worker that ends, and
+would leave vLLM's own children alone."""
 
 
 class VllmProcess:
     """Start it, `wait` for it, and `close` it."""
 
-    def __init__(self, command: list[str], url: str, log: Path, environment: Mapping[str, str]) -> None:
-        self.url, self.log = url, log
+    def __init__(
+        self, command: list[str], url: str, log: Path, environment: Mapping[str, str], grace: float = 15
+    ) -> None:
+        """grace: seconds that it has to end by itself."""
+        self.url, self.log, self.grace = url, log, grace
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
-            self._child = subprocess.Popen(
-                [sys.executable, "-c", _TIED, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL,
+            self._guard = subprocess.Popen(
+                [sys.executable, "-c", _GUARD, str(grace), *command],
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
@@ -51,7 +64,7 @@ class VllmProcess:
 
     @property
     def alive(self) -> bool:
-        return self._child.poll() is None
+        return self._guard.poll() is None
 
     async def wait(self, patience: float = PATIENCE) -> None:
         """Until it answers. Raises RunFailed R864 with what it said last."""
@@ -65,14 +78,15 @@ class VllmProcess:
         finally:
             await client.close()
 
-    def close(self, patience: float = 15) -> None:
+    def close(self) -> None:
         """End it and everything that it has started."""
-        self._child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(patience)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
+        if self._guard.stdin is not None:
+            self._guard.stdin.close()
+        try:
+            self._guard.wait(self.grace + 5)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._guard.pid, signal.SIGKILL)
+            self._guard.wait()
 
     def _last_words(self) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
@@ -108,7 +122,7 @@ def command(
         **more,
         **_options(serve),
     }
-    return [*_program(serve, model), *(word for name, value in flags.items() for word in _flag(name, value))]
+    return [*program(serve, model), *(word for name, value in flags.items() for word in _flag(name, value))]
 
 
 def most_loras(serve: Serve) -> int:
@@ -149,7 +163,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _program(serve: Serve, model: str) -> list[str]:
+def program(serve: Serve, model: str) -> list[str]:
+    """What starts vLLM, without options. Raises UsageError R867 where it is not there."""
     if serve.vllm_python is None:
         if (found := shutil.which("vllm")) is None:
             raise UsageError("R867", "vLLM is not installed: there is no `vllm` on PATH", "serve.vllm_python=PATH")

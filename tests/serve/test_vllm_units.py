@@ -1,4 +1,4 @@
-"""What of vLLM needs no vLLM: its refusals told apart, one load for all who ask, the command that starts it.
+"""What of vLLM needs no vLLM: its refusals told apart, one load for all who ask, what it cannot serve.
 
 The server here is a small real one with vLLM 0.32's routes, statuses and texts.
 """
@@ -7,29 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from aiohttp import web
 
-from rayft.config.serve import Serve
 from rayft.errors import RayftError, RunFailed, UsageError
 from rayft.inference.request import Overloaded, SamplingParams
 from rayft.serve.job import Content, Job, Piece
 from rayft.serve.vllm_adapters import name_of, unsupported
 from rayft.serve.vllm_answer import VllmAnswer
 from rayft.serve.vllm_backend import Facts, VllmBackend, VllmLimits
-from rayft.serve.vllm_process import VllmProcess, command, largest_rank, most_loras
 
 FACTS = Facts("tiny", None, "LlamaForCausalLM", "fp32", None, 1, 384)
 TWO = SamplingParams(2)
@@ -249,6 +241,10 @@ def test_refusals_have_our_ids(tokenizer: Any, contents: dict[str, Content], tmp
             with pytest.raises(UsageError, match=r"R867.*loads no adapters"):
                 await backend.load(contents["anna"])
             await backend.close()
+            based = VllmBackend(url, tokenizer, FACTS, zero=contents["anna"])
+            assert (await collect(based, Job("a", (5,), TWO)))[-1].finish_reason == "length"
+            assert bare.bodies[-1]["model"] == "base"
+            await based.close()
 
     asyncio.run(main())
 
@@ -274,53 +270,3 @@ def test_what_vllm_cannot_serve_is_known_before(more: dict[str, Any], reason: st
     found = unsupported({"peft_type": "LORA", "bias": "none", **more}, rank, 16)
     assert (found is None) == (reason is None)
     assert reason is None or reason in str(found)
-
-
-def test_the_command_follows_the_recipe() -> None:
-    serve = Serve(
-        vllm_python=sys.executable, max_model_len=512, vllm_args={"gpu-memory-utilization": 0.5, "dtype": None}
-    )
-    words = command(serve, "/base", "tiny", 9, dtype="bfloat16", rank=20, more={"trust_remote_code": None})
-    line = " ".join(words)
-    assert "--model /base" in line and "--max-model-len 512" in line and "--max-lora-rank 32" in line
-    assert "--gpu-memory-utilization 0.5" in line and "--dtype" not in line and "--enable-prefix-caching" in line
-    assert "--max-loras 9" in line and "trust" not in line
-    said = Serve(vllm_python=sys.executable, max_loras=3, max_lora_rank=100, enable_prefix_caching=False)
-    line = " ".join(command(said, "/base", "tiny", 9, dtype="float32", rank=1, more={}))
-    assert "--max-loras 4" in line and "--max-lora-rank 128" in line and "--no-enable-prefix-caching" in line
-    own = Serve(vllm_python=sys.executable, vllm_args={"max-lora-rank": 64, "max_loras": 5})
-    assert (largest_rank(own, 1), most_loras(own)) == (64, 4)
-    with pytest.raises(UsageError, match="R866"):
-        command(Serve(vllm_python=sys.executable, max_lora_rank=513), "/", "t", 9, dtype="float32", rank=1, more={})
-    with pytest.raises(UsageError, match="R867"):
-        command(Serve(vllm_python="/nowhere/python"), "/", "t", 9, dtype="float32", rank=1, more={})
-
-
-def test_a_vllm_that_ends_says_why(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", "raise ValueError('no such flag')"]
-    process = VllmProcess(words, "http://127.0.0.1:9", tmp_path / "vllm.log", os.environ)
-    with pytest.raises(RunFailed, match=r"R864.*no such flag"):
-        asyncio.run(process.wait(30))
-    process.close()
-
-
-def test_vllm_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, time; from pathlib import Path; from rayft.serve.vllm_process import VllmProcess\n"
-        f"p = VllmProcess([sys.executable, '-c', 'import time; time.sleep(600)'], 'http://x', Path({str(tmp_path)!r}, "
-        "'log'), os.environ)\nprint(p._child.pid, flush=True)\ntime.sleep(600)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
-    wait_for(lambda: "time.sleep(600)" in child.cmdline()[-1])
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-
-
-def wait_for(condition: Callable[[], bool], patience: float = 20) -> None:
-    until = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
