@@ -14,6 +14,7 @@ from typing import Any
 
 from rayft.config.recipe import Recipe
 from rayft.errors import RunFailed, UsageError
+from rayft.serve import keys
 from rayft.serve.plan import Plan, plan
 
 
@@ -63,7 +64,7 @@ def deploy(
 
     Raises:
         UsageError: R860 and R861 (what cannot be served together), R862 (port in use), R863 (open to others without
-            keys), R867 (no vLLM); R1xx recipe, R3xx models, R4xx references, R5xx cluster.
+            keys), R844 (the file of keys), R867 (no vLLM); R1xx recipe, R3xx models, R4xx references, R5xx cluster.
         RunFailed: R864, the server did not start.
     """
     from rayft.runtime import session
@@ -85,7 +86,9 @@ def deploy(
 
 
 def check_keys(recipe: Recipe, host: str, insecure: bool) -> None:
-    """Raises UsageError R863 where others reach the server and need no key."""
+    """Raises UsageError R863 where others reach the server and need no key, R844 for a damaged file of keys."""
+    if recipe.serve.api_keys:
+        keys.read(Path(recipe.serve.api_keys))
     if not (_is_loopback(host) or recipe.serve.api_keys or insecure):
         raise UsageError(
             "R863",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rayft.models import hub
 from rayft.models.identity import base_hash
 from rayft.runs import reference
 from rayft.runs.reference import AdapterRef
+from rayft.runs.shelf import BASE
 from rayft.runs.storage import locate
 from rayft.runs.subject import Subject, subject
 
@@ -81,7 +83,7 @@ def plan(sources: Sequence[str | Path | Mapping[str, Any] | Recipe], overrides: 
     for own, ref in recipe.serve.adapters.items():
         adapters[own], said[own] = reference.resolve(ref, recipe.storage), ref
     for own, trained in adapters.items():
-        if trained.base_hash not in (None, hash):
+        if _trained_on(trained) not in (None, hash):
             raise UsageError("R860", f"{own} was trained on other base weights than {name}, which is served")
     local = locate(recipe.storage)
     here = Path(recipe.storage).absolute() if local.is_local else home() / "servers"
@@ -99,6 +101,15 @@ def _placed(recipe: Recipe) -> Recipe:
 
 def _absolute(place: str) -> str:
     return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+
+
+def _trained_on(trained: AdapterRef) -> str | None:
+    """Hash of the base, from its run, or from what lies beside an adapter that rayft saved."""
+    beside = locate(trained.path) / BASE
+    if trained.base_hash is None and beside.is_file():
+        noted: str | None = json.loads(beside.read()).get("base_hash")
+        return noted
+    return trained.base_hash
 
 
 def _server_name(first: Subject, base: str) -> str:

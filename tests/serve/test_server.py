@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +218,16 @@ def test_what_cannot_be_served_together(
 ) -> None:
     with pytest.raises(UsageError, match="R863"):
         deploy(recipe(tmp_path, sharpened_folder, host="0.0.0.0"))
+    with pytest.raises(UsageError, match="R844"):
+        deploy(recipe(tmp_path, sharpened_folder, api_keys=str(tmp_path / "keys.json")))
+    other = Path(tiny_model_factory(hidden_size=32))
+    trained_elsewhere = tmp_path / "adapter"
+    shutil.copytree(contents["anna"].path, trained_elsewhere)
+    (trained_elsewhere / "base.json").write_text(json.dumps({"base": str(other), "base_hash": base_hash(other)}))
+    with pytest.raises(UsageError, match=r"R860: far was trained on other base weights"):
+        deploy(recipe(tmp_path, sharpened_folder, adapters={"far": str(trained_elsewhere)}))
+    with pytest.raises(UsageError, match="R861"):
+        deploy([str(other), str(trained_elsewhere)])
 
 
 def wait_for(condition: Callable[[], bool], patience: float = 30) -> None:
