@@ -85,7 +85,7 @@ def asked(number: int, model: str, **fields: Any) -> dict[str, Any]:
 
 
 def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=180)
 
 
 def replicas() -> list[psutil.Process]:
@@ -140,19 +140,19 @@ def test_a_swap_under_load_fails_nobody(
                 failed.append(error)
 
     first = {"name": "swapped", "source": contents["bert"].path}
-    assert httpx.post(f"{server.url}/v1/adapters", json=first, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/adapters", json=first, timeout=180).status_code == 200
     threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     old, new = (expected(0, name) for name in ("bert", "carl"))
     wait_for(lambda: answers[old] > 4)
     second = {"name": "swapped", "source": contents["carl"].path, "promote": True}
-    assert httpx.post(f"{server.url}/v1/adapters", json=second, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/adapters", json=second, timeout=180).status_code == 200
     time.sleep(0.1)
     swapped = answers[old]
     wait_for(lambda: answers[new] > 20)
     assert answers[old] <= swapped + len(threads)  # what was in flight
-    assert httpx.post(f"{server.url}/v1/adapters/swapped/rollback", timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/adapters/swapped/rollback", timeout=180).status_code == 200
     back = answers[old]
     wait_for(lambda: answers[old] > back + len(threads))
     done.set()
@@ -164,7 +164,7 @@ def test_a_swap_under_load_fails_nobody(
 
 def test_a_killed_replica_loses_nothing_that_was_not_streamed(server: Server, expected: Callable[..., str]) -> None:
     client = client_of(server)
-    assert httpx.post(f"{server.url}/v1/adapters/anna/pin", json={"pinned": True}, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/adapters/anna/pin", json={"pinned": True}, timeout=180).status_code == 200
     wait_for(lambda: len(replicas()) == 2)
     victim = replicas()[0]
     with ThreadPoolExecutor(6) as pool:
@@ -176,14 +176,14 @@ def test_a_killed_replica_loses_nothing_that_was_not_streamed(server: Server, ex
         wait_for(lambda: sum(future.done() for future in futures) > 20)
         os.kill(victim.pid, signal.SIGKILL)
         answers = [future.result() for future in futures]
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 180
     assert [expected(*job) for job in jobs] == answers
-    wait_for(lambda: len(replicas()) == 2 and victim.pid not in {process.pid for process in replicas()}, 90)
+    wait_for(lambda: len(replicas()) == 2 and victim.pid not in {process.pid for process in replicas()}, 180)
 
     def everywhere() -> bool:
         return httpx.get(f"{server.url}/health", timeout=30).status_code == 200
 
-    wait_for(everywhere, 60)
+    wait_for(everywhere)
     assert client.completions.create(**asked(3, "anna")).choices[0].text == expected(3, "anna")
 
 
@@ -196,7 +196,7 @@ def test_the_command_line(
 
     def rayft(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "rayft", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=Path(__file__).parents[2])
+        return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=Path(__file__).parents[2])
 
     port = int(server.url.rpartition(":")[2])
     started = rayft("serve", *words, f"serve.port={port}", "--detach")
@@ -230,7 +230,7 @@ def test_what_cannot_be_served_together(
         deploy([str(other), str(trained_elsewhere)])
 
 
-def wait_for(condition: Callable[[], bool], patience: float = 30) -> None:
+def wait_for(condition: Callable[[], bool], patience: float = 120) -> None:
     until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until
