@@ -54,7 +54,7 @@ class Page:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    async def until(self, expression: str, patience: float = 30) -> None:
+    async def until(self, expression: str, patience: float = 90) -> None:
         end = time.monotonic() + patience
         while not await self.value(expression):
             assert time.monotonic() < end, (expression, self.complaints, await self.value("document.body.innerText"))

@@ -82,7 +82,7 @@ def test_vllm_ends_with_the_process_that_started_it(tmp_path: Path, guard_too: b
     wait_for(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in started))
 
 
-def wait_for(condition: Callable[[], bool], patience: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], patience: float = 90) -> None:
     until = time.monotonic() + patience
     while not condition():
         assert time.monotonic() < until
