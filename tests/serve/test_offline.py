@@ -186,7 +186,13 @@ def test_a_run_that_was_ended_goes_on(adapter: str, tmp_path: Path, how: signal.
     lines, out = questions(200), tmp_path / "out.jsonl"
     words = ["generate", adapter, *HERE, "--input", written(tmp_path / "in.jsonl", lines), "--output", str(out)]
     words += ["--tokens", "64", "serve.max_num_seqs=16"]
-    process = subprocess.Popen([sys.executable, "-m", "rayft", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayft", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A shell lets its background jobs ignore Ctrl-C, and their children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     partial = tmp_path / "out.jsonl.partial"
     deadline = time.monotonic() + 120
     while not (partial.exists() and partial.stat().st_size):
