@@ -124,7 +124,8 @@ def heterogeneous_weight(answer: Answer, server: Server, alphas: Alphas) -> floa
 
 def with_state(server: Server, state: dict[str, torch.Tensor], **changes: object) -> Server:
     """The server after a round, its tensors in the number formats they had."""
-    return replace(server, state=like({**server.state, **state}, server.state), rounds=server.rounds + 1, **changes)  # type: ignore[arg-type]
+    state = like({**server.state, **state}, server.state)
+    return replace(server, state=state, rounds=server.rounds + 1, **changes)  # type: ignore[arg-type]  # its own fields
 
 
 def _fresh(server: Server, seed: int, number: int) -> dict[str, torch.Tensor]:

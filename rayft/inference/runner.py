@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import traceback
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class Runner:
         """
         return _single(self.submit_all([Order(request, mask)]))
 
-    def submit_all(self, orders: Sequence[Order]) -> AsyncIterator[list[TokenEvent]]:
+    def submit_all(self, orders: Sequence[Order]) -> AsyncGenerator[list[TokenEvent], None]:
         """The events of several requests as they come, those that came together in one list, until all have ended.
 
         Raises:
@@ -96,7 +96,9 @@ class Runner:
         self.engine.cancel(id)
         self._wake.set()
 
-    async def _events(self, running: set[str], events: asyncio.Queue[TokenEvent]) -> AsyncIterator[list[TokenEvent]]:
+    async def _events(
+        self, running: set[str], events: asyncio.Queue[TokenEvent]
+    ) -> AsyncGenerator[list[TokenEvent], None]:
         try:
             while running:
                 came = [await events.get()]
@@ -121,10 +123,10 @@ class Runner:
                 self.engine.fail(self.error)
 
 
-async def _single(batches: AsyncIterator[list[TokenEvent]]) -> AsyncIterator[TokenEvent]:
+async def _single(batches: AsyncGenerator[list[TokenEvent], None]) -> AsyncIterator[TokenEvent]:
     try:
         async for batch in batches:
             for event in batch:
                 yield event
     finally:
-        await batches.aclose()  # type: ignore[attr-defined]
+        await batches.aclose()

@@ -40,12 +40,12 @@ def dense(module: nn.Module) -> torch.Tensor:
     if kind == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        decoded: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+        decoded: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]  # bnb's
         return decoded
     if kind == "Int8Params":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        scales = module.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr,attr-defined]
+        scales = module.state.SCB if weight.SCB is None else weight.SCB  # type: ignore[union-attr,attr-defined]  # bnb's
         decoded = int8_vectorwise_dequant(weight.data, scales)
         return decoded
     weight = weight.detach()

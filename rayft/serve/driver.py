@@ -77,9 +77,10 @@ def deploy(
         check_address(section.host, section.port)
         check_vllm(planned)
     address = session.connect(planned.recipe)
-    host, port = _listening() or (section.host, section.port or _free_port(section.host))
+    listening = _listening()
+    host, port = listening or (section.host, section.port or _free_port(section.host))
     check_keys(planned.recipe, host, insecure)
-    if _listening() is None:
+    if listening is None:
         check_address(host, port)
     register(planned)
     return _start(planned, address, host, port, patience)

@@ -105,7 +105,7 @@ class Replica:
             orders, answers = await asyncio.to_thread(self._prepare, job)
             index = {order.request.id: answer for order, answer in zip(orders, answers, strict=True)}
             batches = self.runner.submit_all(orders)
-            stack.push_async_callback(batches.aclose)  # type: ignore[attr-defined]
+            stack.push_async_callback(batches.aclose)
             pieces: list[Piece] = []
             async for events in batches:
                 pieces += [piece for event in events if (piece := index[event.id].piece(event)) is not None]
@@ -157,6 +157,7 @@ class Replica:
             sampling = replace(sampling, max_new_tokens=max(1, self.engine.max_model_len - len(ids)))
         talk = job.prompt if isinstance(job.prompt, Conversation) else None
         grammar = (renderer.forced_call(talk) if talk else None) or job.grammar
+        ends = end_ids(self.engine.model, renderer.tokenizer)
         orders, answers = [], []
         for number in range(job.n):
             seed = None if sampling.seed is None else sampling.seed + number
@@ -170,7 +171,6 @@ class Replica:
                 job.priority,
             )
             self.engine.check(request)
-            ends = end_ids(self.engine.model, renderer.tokenizer)
             mask = self.guides.guide(grammar, renderer.tokenizer, ends) if grammar else None
             orders.append(Order(request, mask, renderer.tokenizer))
             answers.append(_Answer(number, renderer.tokenizer, renderer.parser(talk) if talk else None))

@@ -92,18 +92,8 @@ class VllmBackend:
             if base is None or not base.get("max_model_len"):
                 raise UsageError("R867", f"the server at {self.client.url} names no base model", "is this vLLM?")
             self._served = base["id"]
-            facts = self.facts
-            self._card = ModelCard(
-                name=facts.name,
-                base_hash=facts.base_hash,
-                architecture=facts.architecture,
-                dtype=facts.dtype,
-                quantization=facts.quantization,
-                parameters=facts.parameters,
-                vocabulary=facts.vocabulary,
-                max_model_len=int(base["max_model_len"]),
-                created=int(base.get("created", 0)),
-            )
+            longest, created = int(base["max_model_len"]), int(base.get("created", 0))
+            self._card = ModelCard(**vars(self.facts), max_model_len=longest, created=created)
         return self._card
 
     async def generate(self, job: Job) -> AsyncIterator[Sequence[Piece]]:
