@@ -65,8 +65,8 @@ class Decode:
         shelf = self.shelf
         self.index = torch.tensor(self.positions, device=shelf.device)
         self.row = torch.arange(len(self.positions), device=shelf.device)
-        dtype = next(iter(shelf.keys.values())).dtype
-        self.by_matmul = dtype == torch.bfloat16 and shelf.device.type == "cpu" and len(self.positions) >= MATMUL_FROM
+        bf16_on_cpu = shelf.dtype == torch.bfloat16 and shelf.device.type == "cpu"
+        self.by_matmul = bf16_on_cpu and len(self.positions) >= MATMUL_FROM
         """Two batched matmuls over whole slabs are faster than the CPU's fused kernel in bf16; over a part of each slab
         they would have to copy it."""
         self.longest = shelf.capacity if self.by_matmul else max(self.positions) + 1
@@ -76,7 +76,7 @@ class Decode:
         return 0 if window is None or self.by_matmul else max(0, min(self.positions) - window + 1)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
-        """bool[n, 1, 1, keys]: which keys from `lowest` to `longest` a request sees; None = all."""
+        """[n, 1, 1, keys]: what is added to the scores of the keys from `lowest` to `longest`; None = nothing."""
         if window not in self.masks:
             low = self.lowest(window)
             position = torch.arange(low, self.longest, device=self.shelf.device)
@@ -84,7 +84,7 @@ class Decode:
             if window is not None:
                 seen &= position > self.index[:, None] - window
             everything = len(set(self.positions)) == 1 and not self.by_matmul
-            self.masks[window] = None if everything else seen[:, None, None]
+            self.masks[window] = None if everything else _added(seen, self.shelf)[:, None, None]
         return self.masks[window]
 
 
@@ -104,7 +104,7 @@ class Chunk:
         return 0 if window is None else max(0, self.past - window + 1)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """bool[length, keys]: which keys from `lowest` on each token sees."""
+        """[length, keys]: what is added to the scores of the keys from `lowest` on."""
         if window not in self.masks:
             device = self.slab.shelf.device
             own = torch.arange(self.past, self.past + self.length, device=device)[:, None]
@@ -112,7 +112,7 @@ class Chunk:
             seen = position <= own
             if window is not None:
                 seen &= position > own - window
-            self.masks[window] = seen
+            self.masks[window] = _added(seen, self.slab.shelf)
         return self.masks[window]
 
 
@@ -171,7 +171,7 @@ def _sdpa(
     *,
     causal: bool = False,
 ) -> torch.Tensor:
-    """[B, heads, Q, D] over [B, kv heads, K, D] -> [B, heads, Q, Dv]; ``mask`` is true where a key is seen."""
+    """[B, heads, Q, D] over [B, kv heads, K, D] -> [B, heads, Q, Dv]; ``mask`` is added to the scores."""
     shared = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=layer.scale, enable_gqa=shared
@@ -184,12 +184,18 @@ def _matmuls(
     """The same, written out, with Gemma-2's cap on the scores."""
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = (query @ key.transpose(2, 3)).float() * layer.scale
+    scores, scale = query @ key.transpose(2, 3), layer.scale
     if layer.softcap is not None:
-        scores = torch.tanh(scores / layer.softcap) * layer.softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores, scale = torch.tanh(scores.float() * (scale / layer.softcap)) * layer.softcap, 1.0
+    scores = scores.float() * scale if mask is None else torch.add(mask, scores, alpha=scale)
     return scores.softmax(-1).to(value.dtype) @ value
+
+
+def _added(seen: torch.Tensor, shelf: Shelf) -> torch.Tensor:
+    """0 where a key is seen, else -inf. In fp32 on a CPU, which `_matmuls` then adds in; kernels on a GPU want the
+    dtype of the query."""
+    dtype = torch.float32 if shelf.device.type == "cpu" else shelf.dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
 class _Probe:

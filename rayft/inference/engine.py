@@ -36,6 +36,7 @@ from rayft.inference.scheduler import Scheduler, Share
 from rayft.inference.settings import EngineSettings
 from rayft.inference.text import TextStream
 from rayft.models.prepack import prepack
+from rayft.models.siblings import Siblings, watching
 from rayft.multilora.bank import AdapterState, Bank
 from rayft.multilora.linear import attach
 from rayft.multilora.parts import parts_of
@@ -73,11 +74,13 @@ class Engine:
         text_config = model.config.get_text_config()
         self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self.max_model_len: int = settings.max_model_len or text_config.max_position_embeddings
+        with watching(model) as groups:
+            layers = layers_of(model)
+        siblings = [Siblings(group) for group in groups]
         prepack(model)
-        layers = layers_of(model)
         self.cache = KVCache(layers, settings.kv_cache_tokens, model.device)
         self.prefix = PrefixCache(self.cache, settings.block_size) if settings.enable_prefix_caching else None
-        self.mlora = attach(model)
+        self.mlora = attach(model, siblings=siblings)
         self.adapters = AdapterTable(Bank(self.mlora), settings.max_loras, next(iter(layers.values())).dtype)
         self.scheduler = Scheduler(settings, self.cache, self.prefix, self.adapters)
         self.counters = Counters()

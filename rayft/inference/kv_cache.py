@@ -2,7 +2,9 @@
 
 Each request has one contiguous slab per layer. Slabs of one capacity stand side by side on a shelf, so that decoding
 requests of similar length are attended to in one call on a view, without gathering anything. A request that outgrows
-its slab moves to the next shelf, a quarter larger; that copies each token a few times in its life, not at every step.
+its slab moves to the next shelf, which copies each token a few times in its life, not at every step. Short slabs
+double, so that a batch stands on few shelves, each of which is a call of its own in every layer; long ones, where memory
+counts more than calls, grow by a quarter.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-SMALLEST, BLOCK = 64, 16
-"""Tokens: the smallest slab, and the unit in which they grow."""
+SMALLEST, LONG, BLOCK = 64, 512, 16
+"""Tokens: the smallest slab, the one up to which they double, and the unit in which longer ones grow."""
+
+FEWEST = 8
+"""Slabs that a shelf begins with."""
 
 SPARE = 8192
 """Most tokens that a shelf allocates ahead of need."""
@@ -30,10 +35,10 @@ class LayerShape(NamedTuple):
 
 
 def capacity_for(tokens: int) -> int:
-    """The capacity of the slab that holds this many tokens: at most a quarter more, apart from short ones."""
+    """The capacity of the slab that holds this many tokens: at most a quarter more, up to `LONG` at most twice."""
     capacity = SMALLEST
     while capacity < tokens:
-        capacity = max(capacity + BLOCK, capacity * 5 // 4 // BLOCK * BLOCK)
+        capacity = capacity * 2 if capacity < LONG else capacity * 5 // 4 // BLOCK * BLOCK
     return capacity
 
 
@@ -52,6 +57,7 @@ class Shelf:
 
     def __init__(self, capacity: int, layers: Mapping[int, LayerShape], device: torch.device) -> None:
         self.capacity, self.layers, self.device = capacity, layers, device
+        self.dtype = next(iter(layers.values())).dtype
         self.slabs: list[Slab] = []
         self.rows = 0
         """Allocated; at least as many as there are slabs."""
@@ -59,51 +65,56 @@ class Shelf:
         """By layer, [rows, heads, capacity, key_dim]."""
         self.values: dict[int, torch.Tensor] = {}
         """By layer, [rows, heads, capacity, value_dim]."""
+        self._blocks: dict[tuple[int, ...], torch.Tensor] = {}
+        """What the two above are views of: by (0 for keys, 1 for values; heads; dim), [layers of this shape, rows,
+        heads, capacity, dim]. What happens to a row happens to all layers in one call."""
 
     def add(self) -> Slab:
         """A new slab, zeroed: attention masks what lies behind a request's last token, but 0 times NaN is NaN."""
         if len(self.slabs) == self.rows:
-            self._resize(self.rows + max(1, min(self.rows // 2, SPARE // self.capacity)))
+            self._resize(self.rows + max(1, min(max(self.rows, FEWEST), SPARE // self.capacity)))
         slab = Slab(self, len(self.slabs))
         self.slabs.append(slab)
-        for tensor in self._tensors():
-            tensor[slab.row].zero_()
+        for block in self._blocks.values():
+            block[:, slab.row].zero_()
         return slab
 
     def remove(self, slab: Slab) -> None:
         """The last slab takes the free place."""
         last = self.slabs.pop()
         if last is not slab:
-            for tensor in self._tensors():
-                tensor[slab.row] = tensor[last.row]
+            for block in self._blocks.values():
+                block[:, slab.row] = block[:, last.row]
             self.slabs[slab.row] = last
             last.row = slab.row
-        if len(self.slabs) * 3 <= self.rows:
-            self._resize(len(self.slabs))
+        if len(self.slabs) * 4 <= self.rows and self.rows > FEWEST:
+            self._resize(max(len(self.slabs), FEWEST))
 
     def copy(self, source: Slab, target: Slab) -> None:
         """What ``source`` stores, from this shelf to another."""
-        other, length = target.shelf, source.length
-        for layer in self.layers:
-            other.keys[layer][target.row, :, :length] = self.keys[layer][source.row, :, :length]
-            other.values[layer][target.row, :, :length] = self.values[layer][source.row, :, :length]
+        length = source.length
+        for shape, block in self._blocks.items():
+            target.shelf._blocks[shape][:, target.row, :, :length] = block[:, source.row, :, :length]
         target.length = length
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
-
-    def _tensors(self) -> list[torch.Tensor]:
-        return [*self.keys.values(), *self.values.values()]
+        return sum(block.nbytes for block in self._blocks.values())
 
     def _resize(self, rows: int) -> None:
         kept = min(rows, self.rows)
-        for layer, shape in self.layers.items():
-            for tensors, dim in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
-                resized = torch.empty(rows, shape.heads, self.capacity, dim, dtype=shape.dtype, device=self.device)
+        for kind, tensors in enumerate((self.keys, self.values)):
+            numbers: dict[tuple[int, ...], list[int]] = {}
+            for number, layer in self.layers.items():
+                dim = layer.value_dim if kind else layer.key_dim
+                numbers.setdefault((kind, layer.heads, dim), []).append(number)
+            for shape, group in numbers.items():
+                _, heads, dim = shape
+                block = torch.empty(len(group), rows, heads, self.capacity, dim, dtype=self.dtype, device=self.device)
                 if kept:
-                    resized[:kept] = tensors[layer][:kept]
-                tensors[layer] = resized
+                    block[:, :kept] = self._blocks[shape][:, :kept]
+                self._blocks[shape] = block
+                tensors.update(zip(group, block, strict=True))
         self.rows = rows
 
 

@@ -138,7 +138,7 @@ class Bank:
         }
         slot = self._free()
         self.mlora.add(slot, shared, own=own)
-        self._held[slot] = _Held(parts.config, shared)
+        self._held[slot] = _Held(parts.config, {})  # not a second copy where siblings are joined
         return slot
 
     def unload(self, slot: int) -> None:
@@ -147,8 +147,8 @@ class Bank:
         del self._held[slot]
 
     def state(self, slot: int) -> dict[str, torch.Tensor]:
-        """PEFT's state dict of an adapter: copies in host memory, safe from further training steps. Of one that was
-        `put`, the shared matrices only, with DoRA's gain in them."""
+        """PEFT's state dict of a loaded adapter: copies in host memory, safe from further training steps. Empty for
+        one that was `put`, whose `Parts` say what it is."""
         named = self.named_parameters(slot)
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 

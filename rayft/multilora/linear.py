@@ -11,6 +11,7 @@ The base stays as it is: names, weights and state dict do not change, only the l
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,12 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rayft.models import peft_config
+from rayft.models.siblings import Siblings
 from rayft.multilora.overlay import Overlays
 from rayft.multilora.own import Own
 from rayft.multilora.route import Route, dropout_seed
 from rayft.multilora.schemes import SCHEMES, LoraWeights, Together, cheapest
+from rayft.multilora.wide import widened
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,26 @@ class _Dropout:
 class MultiLora:
     """The adapters of one model by slot, and the route that the current forward pass takes. See `attach`."""
 
-    def __init__(self, model: PreTrainedModel, layers: dict[str, nn.Module], scheme: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: dict[str, nn.Module],
+        scheme: str = "auto",
+        siblings: Sequence[Siblings] = (),
+    ) -> None:
         if scheme != "auto" and scheme not in SCHEMES:
             raise ValueError(f"scheme is auto, {', '.join(SCHEMES)}; not {scheme}")
         self.scheme = scheme
         self._current: Route | None = None
-        self._layers = {name: _Layer(name, module, self) for name, module in layers.items()}
+        self._layers: dict[str, _Layer] = {}
+        """By the name of a module; siblings have one between them."""
+        for group in siblings:
+            outputs = {name: group.rows(index) for index, name in enumerate(group.names)}
+            self._layers |= dict.fromkeys(outputs, _Layer(" + ".join(outputs), group.wide, self, outputs))
+        for name in layers.keys() - self._layers.keys():
+            self._layers[name] = _Layer(name, layers[name], self, {name: slice(0, layers[name].out_features)})
         self._dropouts: dict[int, _Dropout] = {}
-        self.overlays = Overlays(model, self._layers)
+        self.overlays = Overlays(model, {name: (layer, layer.outputs[name]) for name, layer in self._layers.items()})
         """What adapters do beside the matmuls that they share."""
 
     @property
@@ -56,7 +71,8 @@ class MultiLora:
         return frozenset(self._dropouts)
 
     def device_of(self, module: str) -> torch.device:
-        return next(self.overlays.modules[module].parameters()).device
+        shared = self._layers.get(module)
+        return next((self.overlays.modules[module] if shared is None else shared.module).parameters()).device
 
     def add(
         self,
@@ -79,15 +95,19 @@ class MultiLora:
         """
         if slot in self._dropouts or slot < 0:
             raise ValueError(f"slot {slot} is in use" if slot >= 0 else f"slot {slot} is negative")
-        for name, (A, B, _) in weights.items():
+        by_layer: defaultdict[_Layer, dict[str, LoraWeights]] = defaultdict(dict)
+        for name, (A, B, factor) in weights.items():
             if name not in self._layers:
                 raise ValueError(f"the model has no linear layer {name}")
-            out_features, in_features = self._layers[name].shape
+            layer = self._layers[name]
+            by_layer[layer][name] = LoraWeights(A, B, factor)
+            outputs, in_features = layer.outputs[name], layer.in_features
+            out_features = outputs.stop - outputs.start
             if A.shape != (A.shape[0], in_features) or B.shape != (out_features, A.shape[0]):
                 expected = f"A [r, {in_features}] and B [{out_features}, r]"
                 raise ValueError(f"{name} takes {expected}, not {tuple(A.shape)} and {tuple(B.shape)}")
-        for name, triple in weights.items():
-            self._layers[name].add(slot, LoraWeights(*triple))
+        for layer, several in by_layer.items():
+            layer.add(slot, widened(several, layer.outputs))
         if own:
             self.overlays.add(slot, own)
         self._dropouts[slot] = _Dropout(dropout, seed)
@@ -95,7 +115,7 @@ class MultiLora:
     def remove(self, slot: int) -> None:
         """Free a slot; nothing of the adapter is kept. Raises KeyError for a slot that is empty."""
         del self._dropouts[slot]
-        for layer in self._layers.values():
+        for layer in set(self._layers.values()):
             layer.remove(slot)
         self.overlays.remove(slot)
 
@@ -124,12 +144,14 @@ class MultiLora:
         weights: by module name, (A [rank, in], B [out, rank]), in the dtype of the computation; their scaling is 1.
         """
         for name, layer in self._layers.items():
+            if len(layer.outputs) > 1:
+                raise ValueError(f"{name} is computed with its siblings")
             layer.under = weights.get(name)
 
     def detach(self) -> None:
         """Give the model its own layers back."""
         self.overlays.detach()
-        for layer in self._layers.values():
+        for layer in set(self._layers.values()):
             layer.detach()
 
     def dropout(self, slot: int) -> _Dropout:
@@ -142,15 +164,16 @@ class MultiLora:
 
 
 class _Layer:
-    """One linear layer of the base and the adapters on it."""
+    """One linear layer of the base, or a wide one of siblings, and the adapters on it."""
 
-    def __init__(self, name: str, module: nn.Module, owner: MultiLora) -> None:
-        self.name, self.module, self.owner = name, module, owner
-        self.shape: tuple[int, int] = (module.out_features, module.in_features)  # type: ignore[assignment]  # untyped
+    def __init__(self, name: str, module: nn.Module, owner: MultiLora, outputs: Mapping[str, slice]) -> None:
+        """outputs: which of its outputs are those of a module, by name."""
+        self.name, self.module, self.owner, self.outputs = name, module, owner, outputs
+        self.in_features: int = module.in_features  # type: ignore[assignment]  # untyped
         self.weights: dict[int, LoraWeights] = {}
         self.under: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last: tuple[frozenset[int], Together] | None = None
-        self._forward = module.forward
+        self._forward, self._former = module.forward, vars(module).get("forward")
         module.forward = self.forward
 
     def add(self, slot: int, weights: LoraWeights) -> None:
@@ -162,7 +185,10 @@ class _Layer:
         self._last = None
 
     def detach(self) -> None:
-        del self.module.forward
+        if self._former is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._former
 
     def base(self, x: torch.Tensor) -> torch.Tensor:
         """What all adapters of this layer add to."""
@@ -200,8 +226,10 @@ class _Layer:
 
     def _dropped(self, x: torch.Tensor, weights: Mapping[int, LoraWeights], route: Route) -> torch.Tensor:
         """``x`` [T, in] as the adapters read it: each drops elements of its own rows, as `torch.nn.Dropout` would."""
+        if not self.module.training:
+            return x
         dropouts = {slot: self.owner.dropout(slot) for slot in weights}
-        if not self.module.training or not any(dropout.probability for dropout in dropouts.values()):
+        if not any(dropout.probability for dropout in dropouts.values()):
             return x
         keep = torch.ones_like(x)
         for segment in route.segments:
@@ -218,12 +246,17 @@ class _Layer:
 
 
 def attach(
-    model: PreTrainedModel, target_modules: str | list[str] = "all-linear", *, scheme: str = "auto"
+    model: PreTrainedModel,
+    target_modules: str | list[str] = "all-linear",
+    *,
+    scheme: str = "auto",
+    siblings: Sequence[Siblings] = (),
 ) -> MultiLora:
     """Let adapters share linear layers of ``model`` (4-bit ones too; not its output head), and freeze it.
 
     target_modules: as in the recipe; the layers that any adapter may have. scheme: how adapters share a matmul: masked,
-    segmented, grouped, or auto, which takes what is cheapest for the shape.
+    segmented, grouped, or auto, which takes what is cheapest for the shape. siblings: layers of the model that are
+    computed together; all of a group must be targets. Adapters on them are only applied, not trained.
 
     Raises:
         UsageError: R320, when a target matches no layer of the model.
@@ -235,4 +268,4 @@ def attach(
         for name, module in peft_config.linear_layers(model).items()
         if isinstance(module, nn.Linear) and peft_config.targeted(name, targets)
     }
-    return MultiLora(model, layers, scheme)
+    return MultiLora(model, layers, scheme, siblings)

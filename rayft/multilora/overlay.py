@@ -20,8 +20,9 @@ from rayft.multilora.route import Route
 class Overlays:
     """The overlays of one model, laid over its modules and lifted again as batches want it."""
 
-    def __init__(self, model: PreTrainedModel, shared: Mapping[str, object]) -> None:
-        """shared: layers with adapters side by side, by the name of their module; overlays lie on their ``base``."""
+    def __init__(self, model: PreTrainedModel, shared: Mapping[str, tuple[object, slice]]) -> None:
+        """shared: layers with adapters side by side, by the name of a module, and which of their outputs are its;
+        overlays lie on their ``base``."""
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.width: int = model.config.get_text_config().hidden_size
         self.tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -41,8 +42,11 @@ class Overlays:
         self._lift()
         for name, several in owns.items():
             if name not in self._overlays:
-                place = (self._shared[name], "base") if name in self._shared else (self.modules[name], "forward")
-                self._overlays[name] = _Overlay(self, *place, name == self.head)
+                if name in self._shared:
+                    layer, outputs = self._shared[name]
+                    self._overlays[name] = _Overlay(self, layer, "base", outputs=outputs)
+                else:
+                    self._overlays[name] = _Overlay(self, self.modules[name], "forward", head=name == self.head)
             self._overlays[name].owns[slot] = tuple(several)
         if owns:
             self._slots |= {slot}
@@ -78,7 +82,7 @@ class Overlays:
 
     def _lift(self) -> None:
         if self._laid:
-            for overlay in self._overlays.values():
+            for overlay in reversed(self._overlays.values()):  # siblings have theirs one over the other
                 overlay.lift()
         self._laid = False
 
@@ -86,8 +90,11 @@ class Overlays:
 class _Overlay:
     """One function of the base, ``host.attribute``, and what adapters make of its output."""
 
-    def __init__(self, owner: Overlays, host: object, attribute: str, head: bool) -> None:
-        self.owner, self.host, self.attribute, self.head = owner, host, attribute, head
+    def __init__(
+        self, owner: Overlays, host: object, attribute: str, *, head: bool = False, outputs: slice = slice(None)
+    ) -> None:
+        """outputs: the part of the last dimension that is changed."""
+        self.owner, self.host, self.attribute, self.head, self.outputs = owner, host, attribute, head, outputs
         self.owns: dict[int, tuple[Own, ...]] = {}
 
     def lay(self) -> None:
@@ -115,14 +122,13 @@ class _Overlay:
         result = bare.clone()
         for slot in slots:
             rows = route.rows_of(slot)
-            y = bare[rows]
-            changed = y
+            changed = y = bare[rows][..., self.outputs]
             for own in self.owns[slot]:
                 changed = own(inputs[rows], changed)
             if route.strength is not None:
                 strength = route.strength[rows].to(y.dtype).view(-1, *[1] * (y.ndim - 1))
                 changed = torch.lerp(y, changed.to(y.dtype), strength)
-            result[rows] = changed.to(y.dtype)
+            result[rows, ..., self.outputs] = changed.to(y.dtype)
         return result.view_as(output)
 
 

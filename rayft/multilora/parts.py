@@ -149,7 +149,7 @@ class _Taker:
         own = [*self.own.get(name, ())]
         if magnitude is not None:
             _fits(name, (magnitude,), ((module.out_features,),))
-            B, gain = _gained(B, magnitude, lengths.of_rows(module, *_placed(module, A, B, factor)))
+            B, gain = _gained(B, magnitude, lengths.of_rows(module, *_scaled(A, B, factor)))
             own.append(Gain(gain, None if bias is None else bias.detach()))
         if name in self.mlora.modules:
             self.shared[name] = LoraWeights(A, B, factor)
@@ -165,7 +165,7 @@ class _Taker:
         factor, gain = scaling(self.config, name, A.shape[0]), None
         if magnitude is not None:
             _fits(name, (magnitude,), ((module.embedding_dim,),))
-            B, gain = _gained(B, magnitude, lengths.of_columns(module, *_placed(module, A.t(), B, factor)))
+            B, gain = _gained(B, magnitude, lengths.of_columns(module, *_scaled(A.t(), B, factor)))
         self.own[name] = (TokenUpdate(A.t().contiguous(), B * (factor * _scale(module)), gain),)
 
     def _tokens(self, name: str, module: nn.Module, rows: torch.Tensor) -> None:
@@ -203,10 +203,9 @@ class _Taker:
         self.own[name] = (Copy(module, parts),)
 
 
-def _placed(module: nn.Module, A: torch.Tensor, B: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both where the module is, in fp32, B with scaling."""
-    device = next(module.parameters()).device
-    return A.detach().to(device).float(), B.detach().to(device).float() * factor
+def _scaled(A: torch.Tensor, B: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in fp32, B with scaling."""
+    return A.detach().float(), B.detach().float() * factor
 
 
 def _gained(B: torch.Tensor, magnitude: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 BASE = -1
 """The slot of rows that go through the bare base model."""
@@ -37,7 +40,7 @@ class Route:
     strength: torch.Tensor | None = None
     step: int | Mapping[int, int] = 0
     last: torch.Tensor | None = None
-    _remembered: dict[object, torch.Tensor] = field(default_factory=dict, repr=False)
+    _remembered: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @property
     def rows(self) -> int:
@@ -80,11 +83,12 @@ class Route:
     def step_of(self, slot: int) -> int:
         return self.step if isinstance(self.step, int) else self.step[slot]
 
-    def remember(self, key: object, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def remember(self, key: object, make: Callable[[], T]) -> T:
         """``make()``, once per key: masks and scales are the same in most layers of a forward pass."""
         if key not in self._remembered:
             self._remembered[key] = make()
-        return self._remembered[key]
+        remembered: T = self._remembered[key]
+        return remembered
 
 
 def dropout_seed(seed: int, step: int, module: str) -> int:

@@ -79,13 +79,13 @@ def masked(x: torch.Tensor, y: torch.Tensor, weights: Together, route: Route) ->
     """
     ranks = weights.ranks
     scale = route.remember(("scale", ranks, y.dtype), lambda: _scales(ranks, route).to(y.dtype))
-    own = route.remember(("own", ranks, y.dtype), lambda: scale != 0)
+    foreign = route.remember(("foreign", ranks, y.dtype), lambda: scale == 0)
     if (packed := weights.packed(y)) is not None:
         down, up = packed
-        return up.added(y, torch.where(own, down.linear(x) * scale, 0))
+        return up.added(y, down.linear(x).mul_(scale).masked_fill_(foreign, 0))
     A, B = weights.side_by_side(y.dtype)
     h = functional.linear(x.to(y.dtype), A)
-    return torch.addmm(y, torch.where(own, h * scale, 0), B.t())
+    return torch.addmm(y, (h * scale).masked_fill(foreign, 0), B.t())
 
 
 def _scales(ranks: tuple[tuple[int, int, float], ...], route: Route) -> torch.Tensor:
@@ -180,9 +180,10 @@ def _padded(matrix: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
 
 SCHEMES: dict[str, Scheme] = {"masked": masked, "segmented": segmented, "grouped": grouped}
 
-SEGMENT_COST = {"cpu": 5e6, "cuda": 4e8}
+SEGMENT_COST = {"cpu": 5e6, "packed": 5e7, "cuda": 4e8}
 """Multiply-adds of dense matmul that take as long as the small operations of one more segment, forward and backward.
-Measured on a CPU (one thread, 64 to 4096 rows, 8 and 32 adapters of rank 16 and 64); a guess on a GPU."""
+Measured on a CPU (one thread, 64 to 4096 rows, 8 and 32 adapters of rank 16 and 64), packed without backward in bf16
+(two threads, 512 rows, 8 and 16 adapters of rank 16); a guess on a GPU."""
 
 
 def cheapest(weights: Together, route: Route, y: torch.Tensor) -> str:
@@ -192,12 +193,18 @@ def cheapest(weights: Together, route: Route, y: torch.Tensor) -> str:
     """
     if torch.compiler.is_compiling():
         return "masked"
+    shape = "scheme", weights.ranks, next(iter(weights.values())).A.shape[1], y.shape[1], y.dtype
+    return route.remember(shape, lambda: _cheapest(weights, route, y))
+
+
+def _cheapest(weights: Together, route: Route, y: torch.Tensor) -> str:
     width = y.shape[1] + next(iter(weights.values())).A.shape[1]
     all_ranks = sum(w.A.shape[0] for w in weights.values())
     own = [segment for segment in route.segments if segment.slot in weights]
     needed = sum((segment.end - segment.start) * weights[segment.slot].A.shape[0] for segment in own)
     wasted = (route.rows * all_ranks - needed) * width
-    if wasted <= SEGMENT_COST.get(y.device.type, SEGMENT_COST["cuda"]) * len(own):
+    kind = "packed" if packable(y) and not weights.trained else y.device.type
+    if wasted <= SEGMENT_COST.get(kind, SEGMENT_COST["cuda"]) * len(own):
         return "masked"
     return "grouped" if _has_grouped_kernel(y) and len(own) > 2 else "segmented"
 

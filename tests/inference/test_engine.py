@@ -188,9 +188,9 @@ def test_adapters_compute_in_the_number_format_of_the_base(
     prompt = random_prompt(torch.Generator().manual_seed(4), len(tokenizer), 60)
     answer = ask(engine, Request("1", prompt, "hugo", sampling=SamplingParams(10, logprobs=True)))
     finish(engine)
-    slot = engine.mlora.slots
-    assert len(slot) == 1
-    assert {t.dtype for t in engine.adapters.bank.state(*slot).values()} == {torch.bfloat16}
+    (slot,) = engine.mlora.slots
+    held = [layer.weights[slot] for layer in engine.mlora._layers.values() if slot in layer.weights]
+    assert {tensor.dtype for weights in held for tensor in (weights.A, weights.B)} == {torch.bfloat16}
 
     def distance(adapter: str | None) -> float:
         expected = peft.logits(prompt, answer.ids, adapter).log_softmax(-1)

@@ -126,12 +126,12 @@ def test_the_end_of_a_beginning_is_forgotten_first(engine_with: Any, prompt: tup
 
 
 def test_blocks_give_way_to_requests(engine_with: Any, prompt: tuple[int, ...]) -> None:
-    engine = engine_with(kv_cache_tokens=160, block_size=16)
+    engine = engine_with(kv_cache_tokens=256, block_size=16)
     one(engine, prompt)
     assert len(engine.prefix) == 4
     request = Request("long", (9,) * 130, sampling=SamplingParams(max_new_tokens=2))
     answer = ask(engine, request)
     engine.step()
-    assert (engine.cache.used, len(engine.prefix)) == (160, 0)
+    assert (engine.cache.used, len(engine.prefix)) == (256, 0)
     finish(engine)
     assert answer.last.finish_reason is not None
