@@ -3,8 +3,8 @@
 Each request has one contiguous slab per layer. Slabs of one capacity stand side by side on a shelf, so that decoding
 requests of similar length are attended to in one call on a view, without gathering anything. A request that outgrows
 its slab moves to the next shelf, which copies each token a few times in its life, not at every step. Short slabs
-double, so that a batch stands on few shelves, each of which is a call of its own in every layer; long ones, where memory
-counts more than calls, grow by a quarter.
+double, so that a batch stands on few shelves, each of which is a call of its own in every layer; long ones, where
+memory counts more than calls, grow by a quarter.
 """
 
 from __future__ import annotations
