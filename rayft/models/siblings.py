@@ -45,7 +45,7 @@ class Siblings:
             own = weights[index].to("meta") if laid_out else weights[index]
             layer.weight = nn.Parameter(own, requires_grad=False)
             vars(layer)[_KEY] = self
-            layer.forward = _Part(self, index)  # type: ignore[method-assign]  # of this layer alone
+            layer.forward = _Part(self, index)  # type: ignore[method-assign,assignment]  # of this layer alone
 
     def rows(self, index: int) -> slice:
         """Which outputs of the wide layer are those of a layer."""
