@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Group
 from rich.text import Text
 
@@ -20,6 +21,9 @@ def federate(
     resume: Resume = False,
     overwrite: Overwrite = False,
     new: New = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show recipe, clients, messages, memory and epsilon; start nothing.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -29,6 +33,11 @@ def federate(
         source, overrides = split(words)
         mode = mode_of(resume=resume, overwrite=overwrite, new=new)
         quiet()
+        if dry_run:
+            from rayft.federate import dry_run as plan
+
+            planned = plan(source, overrides)
+            return Report(planned.to_json(), planned.to_rich())
         from rayft.federate import run
 
         return _federated(run(source, overrides, mode=mode))

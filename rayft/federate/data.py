@@ -69,17 +69,25 @@ def held_out(indices: np.ndarray, share: float, seed: int, client: int) -> tuple
     return np.sort(indices[order[count:]]), np.sort(indices[order[:count]])
 
 
-def write_shares(recipe_data: dict[str, object], folder: str, hash: str, path: str) -> Heterogeneity:
-    """Split the training examples over the clients, where the data is, and write who has which to ``path``.
+def shares_of(recipe: Recipe, prepared: Prepared) -> tuple[dict[str, np.ndarray], Heterogeneity]:
+    """Client name -> indices of its training examples, and how much clients differ. Pure.
 
     Raises UsageError R901 when the settings of the partition cannot be met.
     """
-    recipe = Recipe.model_validate(recipe_data)
     assert recipe.federate is not None
-    examples = Prepared(folder, hash).split("train")
+    examples = prepared.split("train")
     assert examples is not None
     labels = np.asarray(examples.column("label" if recipe.federate.label else "source"))
     parts = split(recipe.federate.partition, labels, recipe.federate.clients, recipe.seed)
+    return parts, measure(parts, labels)
+
+
+def write_shares(recipe_data: dict[str, object], folder: str, hash: str, path: str) -> Heterogeneity:
+    """Split the training examples over the clients, where the data is, and write who has which to ``path``.
+
+    Raises UsageError R901 as `shares_of` does.
+    """
+    parts, found = shares_of(Recipe.model_validate(recipe_data), Prepared(folder, hash))
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -88,4 +96,4 @@ def write_shares(recipe_data: dict[str, object], folder: str, hash: str, path: s
         indices=np.concatenate(list(parts.values())),
     )
     write_atomic(path, buffer.getvalue())
-    return measure(parts, labels)
+    return found

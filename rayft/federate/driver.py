@@ -224,7 +224,7 @@ def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, populati
     from rayft.federate.data import PARTITION
     from rayft.federate.local import LocalJob
     from rayft.federate.pool import Actors, Here
-    from rayft.federate.privacy import expected
+    from rayft.federate.sample import blocks_of
 
     placement = prepared.placement
     job = LocalJob(
@@ -238,8 +238,7 @@ def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, populati
         shares=str(folder.location / PARTITION),
         init_from=prepared.init_adapter,
     )
-    units = math.ceil(expected(federate, population) * (1 + federate.cohort.over_selection) / federate.pack_size)
-    count = max(1, min(placement.workers[0], units)) if placement is not None else 1
+    count = max(1, min(placement.workers[0], blocks_of(federate, population))) if placement is not None else 1
     preflight.check(prepared, federate, count)
     if placement is None:
         return Here(job)

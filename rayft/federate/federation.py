@@ -13,7 +13,7 @@ import torch
 
 from rayft.config.federate import Federate
 from rayft.errors import RunStopped, UsageError
-from rayft.federate import aggregate, evaluation
+from rayft.federate import aggregate, evaluation, wire
 from rayft.federate.asynchronous import Flight
 from rayft.federate.books import Book, Books, stripped
 from rayft.federate.messages import Server
@@ -21,9 +21,8 @@ from rayft.federate.noise import Noise
 from rayft.federate.pool import Pool
 from rayft.federate.privacy import Ledger, expected, noise_multiplier
 from rayft.federate.round import Gathered, Interrupted, check, gather
-from rayft.federate.sample import cohort
-from rayft.federate.start import sent, start, trained
-from rayft.federate.state import rounded, size_of
+from rayft.federate.sample import asked, cohort
+from rayft.federate.state import rounded
 from rayft.federate.task import Opening, Task
 
 STATEFUL_METHODS = ("fedsa",)
@@ -215,21 +214,16 @@ class Federation:
             return "privacy.epsilon"
         limit = federate.communication_budget_mb
         if limit is not None:
-            clients = expected(federate, self.plan.population) * (1 + federate.cohort.over_selection)
+            clients = asked(federate, self.plan.population)
             if book.megabytes + clients * (self._down(book.server, 0) + self._up(book.server, number)) / 1e6 > limit:
                 return "communication_budget_mb"
         return ""
 
     def _down(self, server: Server, client: int) -> float:
-        """Bytes that a client is sent in a round: the factors at its rank, the accumulator, control variates."""
-        begun = start(self.federate, server.state, self.opening.alphas, self._setting(1).rank_of(client))
-        numbers = sum(B.numel() + A.numel() for B, A in server.accumulator.values())
-        numbers += sum(tensor.numel() for tensor in server.control.values())
-        return (size_of(begun) + 4 * numbers) / (2 if self.federate.wire == "bf16" else 1)
+        return wire.down(self.federate, server, self.opening.alphas, self._setting(1).rank_of(client))
 
     def _up(self, server: Server, number: int) -> float:
-        names = sent(self.federate, trained(self.federate, server.state, number))
-        return size_of({name: server.state[name] for name in names}) / (2 if self.federate.wire == "bf16" else 1)
+        return wire.up(self.federate, server, number)
 
     # What is told
 

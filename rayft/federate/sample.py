@@ -33,3 +33,13 @@ def cohort(federate: Federate, population: int, seed: int, number: int) -> list[
 def blocks(clients: list[int], size: int) -> list[list[int]]:
     """Neighbours of a cohort, ``size`` at a time: the units of work."""
     return [clients[first : first + size] for first in range(0, len(clients), size)]
+
+
+def asked(federate: Federate, population: int) -> float:
+    """Clients that begin a round, over-selection counted: expected with Poisson sampling."""
+    return min(float(population), expected(federate, population) * (1 + federate.cohort.over_selection))
+
+
+def blocks_of(federate: Federate, population: int) -> int:
+    """Blocks of a round."""
+    return math.ceil(asked(federate, population) / federate.pack_size)

@@ -112,6 +112,12 @@ def estimate(
     )
 
 
+def trained_tensors(recipe: Recipe, folder: str) -> dict[str, torch.Tensor]:
+    """What training changes, by the names it is saved under: fp32 masters without memory behind them (device meta)."""
+    named = _skeleton(recipe, folder).named_parameters()
+    return {name.replace(".default.", "."): p.detach().float() for name, p in named if p.requires_grad}
+
+
 def _skeleton(recipe: Recipe, folder: str) -> Any:
     """The model as it will be trained, without memory behind its tensors."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=recipe.model.trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,6 +13,9 @@ from rich.text import Text
 
 from rayft import config
 from rayft.config.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rayft.train.preparation import Preparation
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,30 @@ def dry_run(source: str | Path | Mapping[str, Any] | Recipe | None = None, overr
     recipe = resolved.recipe
 
     from rayft.models import hub
+
+    prepared = prepare_here(recipe)
+    if isinstance(prepared, str):
+        return DryRun(values, missing=prepared)
+    return DryRun(values, _plan(prepared), _memory(prepared, hub.fetch(prepared.base, recipe.model.revision)))
+
+
+def prepare_here(recipe: Recipe) -> Preparation | str:
+    """What `preparation.prepare` settles, found out on this machine and for the recipe's number of workers; or why it
+    cannot be: the base is not here. Raises UsageError."""
+    from rayft.models import hub
     from rayft.train.preparation import Preparation, base_of, device_here, settle
 
     base, init_adapter = base_of(recipe)
     if not hub.is_here(base):
-        return DryRun(values, missing=f"{base} is not on this machine yet (rayft models pull {base})")
+        return f"{base} is not on this machine yet (rayft models pull {base})"
     device = device_here(recipe)
     settled = settle(recipe.model_dump(mode="json"), base, device, shared=False)
     asked = recipe.scale.workers
     workers = max(1, asked[1] if isinstance(asked, tuple) else 1 if asked == "auto" else asked)
-    prepared = Preparation(recipe, None, device, base, init_adapter, settled, workers)
-    return DryRun(values, _plan(prepared), _memory(prepared, hub.fetch(base, recipe.model.revision)))
+    return Preparation(recipe, None, device, base, init_adapter, settled, workers)
 
 
-def _plan(prepared: Any) -> dict[str, Any]:
+def _plan(prepared: Preparation) -> dict[str, Any]:
     from rayft.data.micro_batches import micro_steps
 
     schedule, stats, workers = prepared.schedule, prepared.data.stats, prepared.workers
@@ -90,7 +103,7 @@ def _plan(prepared: Any) -> dict[str, Any]:
     }
 
 
-def _memory(prepared: Any, folder: str) -> dict[str, Any]:
+def _memory(prepared: Preparation, folder: str) -> dict[str, Any]:
     from rayft.models import memory
 
     micro = prepared.micro_batch_size()

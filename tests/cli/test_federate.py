@@ -61,3 +61,13 @@ def test_an_error_has_its_id_and_exit_code(federated: list[Any]) -> None:
 def test_a_misspelt_strategy_is_told_the_nearest_name() -> None:
     done = invoke(*MINIMAL, "federate.strategy=fedpro")
     assert done.exit_code == 2 and "did you mean fedprox" in done.output
+
+
+def test_dry_run_starts_nothing(federated: list[Any]) -> None:
+    done = invoke(*MINIMAL, "adapter={}", "federate.rounds=7", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert (
+        federated == []
+        and "federate.rounds" in done.stdout
+        and "no plan: org/model is not on this machine" in done.stdout
+    )
