@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +22,8 @@ REPLACED = ("svd", "fedex", "flora", "hetlora")
 """Aggregations that need more than a sum of the clients' changes, or put other factors in the place of theirs."""
 RANKED = ("svd", "flora", "hetlora")
 """Aggregations that take clients of different rank."""
+SELECTOR = re.compile(r"!?(in\([\w.-]+(, ?[\w.-]+)*\)|[\w.-]+)")
+"""A value of a label selector in Ray's syntax."""
 
 
 class Partition(Section):
@@ -40,6 +43,37 @@ class Partition(Section):
     """dirichlet: a client that has its share already gets nothing more of a class."""
     seed: int | None = Field(None, ge=0, lt=2**32)
     """Default: the recipe's `seed`."""
+
+
+class Pin(Section):
+    """A place where some clients' data lies, and is read."""
+
+    sources: list[str] = Field(min_length=1)
+    """Names of sources of `data.train` (`name`, else the file's name); each is a client."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom Ray resources of the node with the data, such as `{hospital_a: 1}`, which the worker there takes."""
+    label_selector: dict[str, str] = Field(default_factory=dict)
+    """Labels of the node with the data, as Ray writes them: `{site: a}`, `"in(a, b)"`, `"!a"`."""
+
+    @field_validator("resources")
+    @classmethod
+    def _custom_and_positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if wrong := [name for name, amount in value.items() if name in ("CPU", "GPU", "memory") or amount <= 0]:
+            raise ValueError(f"{wrong[0]}: an amount above 0 of a custom resource; CPUs and GPUs are `scale`'s")
+        return value
+
+    @field_validator("label_selector")
+    @classmethod
+    def _as_ray_reads_it(cls, value: dict[str, str]) -> dict[str, str]:
+        if wrong := [text for text in value.values() if not SELECTOR.fullmatch(text)]:
+            raise ValueError(f"{wrong[0]!r} is no selector; one is `a`, `!a`, `in(a, b)` or `!in(a, b)`")
+        return value
+
+    @model_validator(mode="after")
+    def _says_where(self) -> Self:
+        if not self.resources and not self.label_selector:
+            raise ValueError("a pin needs resources or a label_selector, which say where")
+        return self
 
 
 class Cohort(Section):
@@ -101,6 +135,9 @@ class Federate(Section):
     clients: int = Field(10, ge=1)
     """Number of clients that the data is split over; sources and natural have as many as they find."""
     partition: Partition = Partition()
+    pinned: list[Pin] = Field(default_factory=list)
+    """Nodes that some clients' data is on: it is read there, and only there, by a worker of that place. Needs
+    `partition.method: sources`."""
     rounds: int = Field(20, ge=1)
     """Rounds of the whole run."""
     cohort: Cohort = Cohort()

@@ -45,6 +45,18 @@ RULES: tuple[Rule, ...] = (
         "give local_steps or local_epochs, not both",
     ),
     (
+        lambda f: bool(f.pinned) and f.partition.method != "sources",
+        "pinned says where a source lies, and each source is a client then: partition: {method: sources}",
+    ),
+    (
+        lambda f: len({name for pin in f.pinned for name in pin.sources}) < sum(len(pin.sources) for pin in f.pinned),
+        "a source is pinned twice",
+    ),
+    (
+        lambda f: bool(f.pinned) and f.strategy == "fedbuff",
+        "fedbuff gives the next client to whichever worker is free, and pinned clients have one worker each",
+    ),
+    (
         lambda f: _on_factors(f) and _replaces(f),
         "this strategy keeps a state of the server in the space of the factors, and svd, fedex, flora and hetlora put"
         " other factors in their place every round; use aggregation: fedit, ffa, rolora or fedsa",

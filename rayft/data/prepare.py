@@ -23,7 +23,7 @@ from rayft.data.files import fingerprint
 from rayft.data.ingest import COLUMNS, Counts, ingest, nothing_supervised
 from rayft.data.prepared import STATS, Prepared
 from rayft.data.render import Renderer, chat_template
-from rayft.data.sources import source_name
+from rayft.data.sources import source_name, source_names
 from rayft.data.splits import split, write_prompts, write_split
 
 if TYPE_CHECKING:
@@ -87,11 +87,10 @@ def _render(
     sources: Sequence[Source], data: Data, renderer: Renderer, path: Path, label: str | None = None
 ) -> tuple[Examples, list[Counts]]:
     """All examples of the sources with something to train on, in order. Raises UsageError R213 when there are none."""
-    names = [source_name(source) for source in sources]
-    unique = [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
     with Writer(path, COLUMNS if label is None else [*COLUMNS, "label"]) as writer:
         counts = [
-            ingest(source, name, data, renderer, writer, label) for source, name in zip(sources, unique, strict=True)
+            ingest(source, name, data, renderer, writer, label)
+            for source, name in zip(sources, source_names(sources), strict=True)
         ]
     if not any(count.examples for count in counts):
         raise nothing_supervised(counts, data)

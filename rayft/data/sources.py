@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,12 @@ def read(source: Source) -> Iterator[Row]:
 def source_name(source: Source) -> str:
     """The name of a source in statistics."""
     return source.name or source.path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """The names of several sources; one that others have too is numbered."""
+    names = [source_name(source) for source in sources]
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
 def _jsonl(file: File) -> Iterator[Row]:

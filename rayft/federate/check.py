@@ -13,6 +13,10 @@ def check(recipe: Recipe, federate: Federate) -> None:
     """Raises UsageError R902 for a recipe that cannot be federated as it stands, R904 where a package is missing."""
     if reason := why_not(recipe, federate):
         raise UsageError("R902", f"this recipe cannot be federated: {reason[0]}", reason[1])
+    if federate.pinned:
+        from rayft.federate.sites import sites_of
+
+        sites_of(recipe, federate)
     if federate.privacy is not None and find_spec("dp_accounting") is None:
         raise UsageError("R904", "federate.privacy needs the package dp-accounting", "pip install 'rayft[federate]'")
 
@@ -33,6 +37,16 @@ def why_not(recipe: Recipe, federate: Federate) -> tuple[str, str] | None:
         )
     if federate.ranks and recipe.adapter.peft_args.get("rank_pattern"):
         return "federate.ranks and adapter.peft_args.rank_pattern both set ranks", "leave one of them out"
+    if federate.pinned and isinstance(recipe.data.validation, float):
+        return (
+            "data.validation is a fraction of the clients' rows, and pinned rows do not leave their nodes",
+            "validation sources of their own, and federate.evaluate.holdout for a share of each client's rows",
+        )
+    if federate.pinned and recipe.scale.workers == 0:
+        return (
+            "scale.workers=0 is one process, and federate.pinned says on which nodes of a cluster",
+            "scale.workers=auto",
+        )
     if federate.strategy == "scaffold":
         return _not_plain_sgd(recipe)
     return None

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rayft.config.data import Source
 from rayft.config.recipe import Recipe
 from rayft.data import Prepared
 from rayft.data.examples import Examples, Selection
+from rayft.data.prepare import prepare
 from rayft.federate.heterogeneity import Heterogeneity, measure
 from rayft.federate.partition import split
+from rayft.home import home
 from rayft.runs.storage import locate, write_atomic
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PARTITION = "partition.npz"
 
@@ -30,9 +37,9 @@ class ClientData(Prepared):
         return Selection(_whole(self.folder), self.indices) if name == "train" else None
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)
 def _whole(folder: str) -> Examples:
-    """All training examples, opened once per process."""
+    """All training examples of a data set, opened once per process; pinned clients have one each."""
     examples = Prepared(folder, "").split("train")
     assert examples is not None
     return examples
@@ -58,6 +65,54 @@ class Shares:
     @cached_property
     def sizes(self) -> list[int]:
         return [int(size) for size in np.diff(self.starts)]
+
+
+class Divided:
+    """Clients' shares of one prepared data set, which all nodes see."""
+
+    def __init__(self, data: Prepared, shares: Shares) -> None:
+        self.data, self.shares = data, shares
+
+    def of(self, client: int) -> tuple[Prepared, np.ndarray]:
+        """(data set, indices of the client's training examples in it)."""
+        return self.data, self.shares.of(client)
+
+    @property
+    def validation(self) -> Examples | None:
+        """The recipe's validation data."""
+        return self.data.split("validation")
+
+
+class Pinned:
+    """Clients whose sources this node has: each is a data set of its own, in this node's cache."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        sources: Mapping[int, Mapping[str, Any]],
+        held: Prepared | None = None,
+    ) -> None:
+        """sources: client -> its source, plain. held: validation data of the recipe, as a data set that is nothing
+        else."""
+        self.recipe, self.tokenizer, self.held = recipe, tokenizer, held
+        self.sources = {client: Source.model_validate(source) for client, source in sources.items()}
+        self._rendered: dict[int, Prepared] = {}
+
+    def of(self, client: int) -> tuple[Prepared, np.ndarray]:
+        """As of `Divided`. Raises UsageError R201 and others when the source cannot be read here."""
+        if client not in self._rendered:
+            data = self.recipe.data.model_copy(update={"train": [self.sources[client]], "validation": None})
+            recipe = self.recipe.model_copy(update={"data": data})
+            self._rendered[client] = prepare(recipe, self.tokenizer, str(home() / "data"))
+        found = self._rendered[client]
+        examples = found.split("train")
+        assert examples is not None
+        return found, np.arange(len(examples))
+
+    @property
+    def validation(self) -> Examples | None:
+        return None if self.held is None else self.held.split("train")
 
 
 def held_out(indices: np.ndarray, share: float, seed: int, client: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from rayft.federate.books import Book
     from rayft.federate.pool import Pool
+    from rayft.federate.sites import Sites
     from rayft.train.preparation import Preparation
 
 
@@ -85,15 +86,21 @@ def run(
 
     from rayft.train.preparation import prepare
 
+    sites: Sites | None = None
     try:
-        prepared = prepare(recipe)
+        if federate.pinned:
+            from rayft.federate.sites import settle_sites
+
+            prepared, sites = settle_sites(recipe, federate)
+        else:
+            prepared = prepare(recipe)
         folder = folder or RunFolder.create(resolved, "federate", mode)
     except BaseException:
         if folder is not None:
             folder.finish("stopped")  # nothing was lost: it can be resumed as before
         raise
     with folder:
-        return _run(folder, prepared, federate, console, quiet)
+        return _run(folder, prepared, federate, sites, console, quiet)
 
 
 def with_section(recipe: Recipe) -> tuple[Recipe, Federate]:
@@ -115,7 +122,12 @@ def _check_former(resolved: Resolved, federate: Federate) -> None:
 
 
 def _run(
-    folder: RunFolder, prepared: Preparation, federate: Federate, console: Console | None, quiet: bool
+    folder: RunFolder,
+    prepared: Preparation,
+    federate: Federate,
+    sites: Sites | None,
+    console: Console | None,
+    quiet: bool,
 ) -> FederateResult:
     from rayft.federate.books import Books
     from rayft.federate.display import Display
@@ -123,11 +135,20 @@ def _run(
     from rayft.federate.federation import Federation, Plan
 
     recipe, settled = prepared.recipe, prepared.settled
-    folder.pin(base=settled.base_hash, data=settled.data_hash, template=settled.template_hash)
-    names = _shares(folder, prepared)
+    data_hash = settled.data_hash if sites is None else sites.hash(settled.data_hash)
+    folder.pin(base=settled.base_hash, data=data_hash, template=settled.template_hash)
+    names = _shares(folder, prepared) if sites is None else _counts(folder, sites)
     rate = recipe.train.learning_rate
     assert rate is not None
-    plan = Plan(folder.name, len(names), recipe.seed, rate, recipe.scale.max_failures, recipe.train.save_total_limit)
+    plan = Plan(
+        folder.name,
+        len(names),
+        recipe.seed,
+        rate,
+        recipe.scale.max_failures,
+        recipe.train.save_total_limit,
+        sites.of_clients if sites is not None else (),
+    )
     asked = threading.Event()
     began, before = time.time(), float(folder.record.facts.get("seconds", 0.0))
     events = folder.events_log()
@@ -137,7 +158,7 @@ def _run(
         events.append({"kind": kind, "time": round(time.time(), 3), **facts})
         display.event(kind, facts)
 
-    pool = _pool(prepared, federate, folder, len(names))
+    pool = _pool(prepared, federate, folder, len(names), sites)
     books = Books(folder)
     try:
         with stoppable(asked.set), display:
@@ -211,6 +232,12 @@ def _shares(folder: RunFolder, prepared: Preparation) -> list[str]:
     return list(Shares.read(path).names)
 
 
+def _counts(folder: RunFolder, sites: Sites) -> list[str]:
+    """The names of pinned clients. Only their numbers of examples are kept in the run."""
+    folder.write_json("clients.json", sites.counts().plain())
+    return list(sites.names)
+
+
 def _split_there(recipe: dict[str, Any], folder: str, hash: str, path: str) -> Any:
     from rayft.federate.data import write_shares
     from rayft.train.preparation import data_here
@@ -219,11 +246,11 @@ def _split_there(recipe: dict[str, Any], folder: str, hash: str, path: str) -> A
     return write_shares(recipe, data.folder, data.hash, path)
 
 
-def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, population: int) -> Pool:
+def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, population: int, sites: Sites | None) -> Pool:
     from rayft.federate import preflight
     from rayft.federate.data import PARTITION
     from rayft.federate.local import LocalJob
-    from rayft.federate.pool import Actors, Here
+    from rayft.federate.pool import Actors, Here, Place
     from rayft.federate.sample import blocks_of
 
     placement = prepared.placement
@@ -239,12 +266,18 @@ def _pool(prepared: Preparation, federate: Federate, folder: RunFolder, populati
         init_from=prepared.init_adapter,
     )
     count = max(1, min(placement.workers[0], blocks_of(federate, population))) if placement is not None else 1
-    preflight.check(prepared, federate, count)
+    if sites is None:
+        preflight.check(prepared, federate, count)
     if placement is None:
         return Here(job)
     from rayft.train.launch import worker_environment
 
-    return Actors(job, count, dict(placement.resources), worker_environment(prepared.recipe))
+    places = []
+    for site in sites.all if sites is not None else ():
+        sources = {client: source.model_dump(mode="json") for client, source in site.sources.items()}
+        own = replace(job, pinned=sources)
+        places.append(Place(own, site.resources(placement.resources), site.label_selector, str(site)))
+    return Actors(job, count, placement.resources, worker_environment(prepared.recipe), places)
 
 
 def _report(folder: RunFolder, federate: Federate, names: Sequence[str]) -> None:

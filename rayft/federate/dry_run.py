@@ -31,10 +31,10 @@ SHOWN = 20
 @dataclass(frozen=True)
 class FederateDryRun:
     """`run`: recipe, the plan of the rounds, memory of one worker. `clients`: name -> training examples, before
-    `evaluate.holdout`. Both are empty where `run.missing` says why."""
+    `evaluate.holdout`; None with `pinned`, whose nodes are not asked. Both are empty where `run.missing` says why."""
 
     run: DryRun
-    clients: dict[str, int] = field(default_factory=dict)
+    clients: dict[str, int | None] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
     """How much clients differ, as in the report."""
 
@@ -46,7 +46,7 @@ class FederateDryRun:
             return self.run.to_rich()
         table = Table("client", "examples", title="Clients", title_justify="left", box=None)
         for name, size in list(self.clients.items())[:SHOWN]:
-            table.add_row(Text(name), f"{size:,}")
+            table.add_row(Text(name), "on its node" if size is None else f"{size:,}")
         if len(self.clients) > SHOWN:
             table.add_row(f"and {len(self.clients) - SHOWN} more", "")
         spread = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in self.spread.items())
@@ -65,6 +65,15 @@ def dry_run(
     values = [(key, value, str(origin)) for key, value, origin in resolved.dry()]
     recipe, federate = with_section(resolved.recipe)
     check(recipe, federate)
+    if federate.pinned:
+        from rayft.federate.sites import sites_of, without_sources
+
+        sites = sites_of(recipe, federate)
+        prepared = prepare_here(without_sources(recipe))
+        if isinstance(prepared, str):
+            return FederateDryRun(DryRun(values, missing=prepared))
+        plan = _plan(replace(prepared, workers=len(sites.all)), federate, len(sites.names))
+        return FederateDryRun(DryRun(values, plan), dict.fromkeys(sites.names))
     prepared = prepare_here(recipe)
     if isinstance(prepared, str):
         return FederateDryRun(DryRun(values, missing=prepared))
@@ -94,7 +103,7 @@ def dry_run(
         "block": room.base + (federate.pack_size - 1) * room.client,
         "free_here": round(room.free),
     }
-    sizes = {name: len(indices) for name, indices in parts.items()}
+    sizes: dict[str, int | None] = {name: len(indices) for name, indices in parts.items()}
     return FederateDryRun(DryRun(values, plan, memory), sizes, found.summary())
 
 
@@ -113,10 +122,11 @@ def _plan(prepared: Preparation, federate: Federate, population: int) -> dict[st
         "dtype": prepared.settled.dtype,
         "device": prepared.device,
     }
-    stats = prepared.data.stats
-    counts = {"examples": stats["train"], "validation_examples": stats.get("validation", {})}
-    plan = {name: found.get("examples", 0) for name, found in counts.items()} | plan
-    plan["blocks_per_round"] = blocks_of(federate, population)
+    if not federate.pinned:
+        stats = prepared.data.stats
+        counts = {"examples": stats["train"], "validation_examples": stats.get("validation", {})}
+        plan = {name: found.get("examples", 0) for name, found in counts.items()} | plan
+        plan["blocks_per_round"] = blocks_of(federate, population)
     return plan | _messages(prepared, federate, population) | _privacy(federate, population)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy as np
 from rayft.config.federate import Federate
 from rayft.errors import RunFailed
 from rayft.federate.pool import DYING, Pool
-from rayft.federate.sample import blocks
+from rayft.federate.sample import units
 from rayft.federate.task import Block, Measured, Task
 
 
@@ -33,16 +34,21 @@ def chosen(federate: Federate, population: int, seed: int, number: int) -> list[
 
 
 def measure(
-    pool: Pool, task: Task, clients: list[int], kept: Mapping[int, int], pack_size: int, retries: int
+    pool: Pool,
+    task: Task,
+    clients: list[int],
+    kept: Mapping[int, int],
+    pack_size: int,
+    retries: int,
+    sites: Sequence[int] = (),
 ) -> list[Measured]:
-    """The losses of all clients that hold something out, in order."""
-    units = [
-        Block(number, tuple(group), {client: kept[client] for client in group if client in kept})
-        for number, group in enumerate(blocks(clients, pack_size))
-    ]
+    """The losses of all clients that hold something out, in order; those of a place that is gone are left out."""
+    blocks: dict[Hashable, Block] = {("evaluate", unit.number): unit for unit in units(clients, pack_size, kept, sites)}
     shared = pool.share(task)
-    found = _all(pool, "evaluate", {("evaluate", unit.number): (shared, unit) for unit in units}, retries)
-    return [one for unit in units for one in found["evaluate", unit.number]]
+    calls = {key: (shared, unit) for key, unit in blocks.items()}
+    found = _all(pool, "evaluate", calls, retries, {key: unit.site for key, unit in blocks.items()})
+    measured = [one for key in blocks if not isinstance(found[key], _Gone) for one in found[key]]
+    return sorted(measured, key=lambda one: one.client)
 
 
 def summary(losses: Sequence[Measured]) -> dict[str, float]:
@@ -61,17 +67,38 @@ def summary(losses: Sequence[Measured]) -> dict[str, float]:
 
 
 def call(pool: Pool, method: str, *arguments: Any, retries: int) -> Any:
-    """One call to any worker. Raises RunFailed R922 when workers keep dying under it."""
-    return _all(pool, method, {method: arguments}, retries)[method]
+    """One call to any worker. Raises RunFailed R922 when workers keep dying under it, or none can be."""
+    found = _all(pool, method, {method: arguments}, retries)[method]
+    if isinstance(found, _Gone):
+        raise RunFailed("R922", f"there is no worker left for `{method}`: {found.reason}", DYING)
+    return found
 
 
-def _all(pool: Pool, method: str, calls: Mapping[Hashable, Sequence[Any]], retries: int) -> dict[Hashable, Any]:
+@dataclass(frozen=True)
+class _Gone:
+    reason: str
+
+
+def _all(
+    pool: Pool,
+    method: str,
+    calls: Mapping[Hashable, Sequence[Any]],
+    retries: int,
+    sites: Mapping[Hashable, int | None] | None = None,
+) -> dict[Hashable, Any]:
+    """Key -> what its call returned, or that its site is gone."""
     waiting, deaths = deque(calls), dict.fromkeys(calls, 0)
+    place = (sites or {}).get
     found: dict[Hashable, Any] = {}
     while len(found) < len(calls):
-        while waiting and pool.idle:
-            key = waiting.popleft()
-            pool.submit(key, method, *calls[key])
+        for key in list(waiting):
+            if pool.free(place(key)):
+                pool.submit(key, method, *calls[key], site=place(key))
+            elif reason := pool.gone(place(key)):
+                found[key] = _Gone(reason)
+            else:
+                continue
+            waiting.remove(key)
         for done in pool.wait(1.0, calls):
             if not done.lost:
                 found[done.key] = done.value

@@ -41,6 +41,8 @@ class Plan:
     retries: int = 3
     """How often a block may lose its worker; -1 = any number."""
     save_total_limit: int | None = 3
+    sites: tuple[int, ...] = ()
+    """Client -> where its data is pinned; empty: all clients are anywhere."""
 
 
 class Federation:
@@ -154,6 +156,7 @@ class Federation:
             book.kept,
             enough=self._enough(clients),
             retries=self.plan.retries,
+            sites=self.plan.sites,
             deadline=cohort.deadline_s,
             stopping=self.stopping,
         )
@@ -274,7 +277,8 @@ class Federation:
             row["validation_loss"] = loss
         if how.holdout:
             clients = evaluation.chosen(self.federate, self.plan.population, self.plan.seed, number)
-            losses = evaluation.measure(self.pool, task, clients, kept, self.federate.pack_size, self.plan.retries)
+            size, plan = self.federate.pack_size, self.plan
+            losses = evaluation.measure(self.pool, task, clients, kept, size, plan.retries, plan.sites)
             row |= evaluation.summary(losses)
             self.event("evaluation", round=number, losses={one.client: one.loss for one in losses})
         return row

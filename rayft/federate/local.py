@@ -15,7 +15,7 @@ import torch
 from rayft.config.recipe import Recipe
 from rayft.data.micro_batches import MICRO_TOKENS
 from rayft.errors import RayftError
-from rayft.federate.data import ClientData, Shares, held_out
+from rayft.federate.data import ClientData, Divided, Pinned, Shares, held_out
 from rayft.federate.messages import Alphas, Answer
 from rayft.federate.start import sent, start, trained
 from rayft.federate.state import State
@@ -45,6 +45,8 @@ class LocalJob:
     shares: str
     """`partition.npz`."""
     init_from: str | None = None
+    pinned: dict[int, dict[str, Any]] | None = None
+    """Client -> its source, where data is pinned to this worker's node; `data_folder` then holds validation data."""
 
     def make(self) -> PackLocal:
         return PackLocal(self)
@@ -73,8 +75,13 @@ class PackLocal:
         assert self.recipe.federate is not None
         self.federate = self.recipe.federate
         self.pack = Pack.open(self.recipe, job.base, device=job.device)
-        self.data = data_here(job.data_folder, job.data_hash)
-        self.shares = Shares.read(job.shares)
+        data = data_here(job.data_folder, job.data_hash) if job.data_folder else None
+        self.holdings: Divided | Pinned
+        if job.pinned is not None:
+            self.holdings = Pinned(self.recipe, self.pack.tokenizer, job.pinned, data)
+        else:
+            assert data is not None
+            self.holdings = Divided(data, Shares.read(job.shares))
         self._under = -1
         self._config: Any = None
 
@@ -109,9 +116,9 @@ class PackLocal:
         answers: dict[int, Answer] = {}
         at_work: dict[str, _Client] = {}
         for number in clients:
-            indices, _ = self._examples(number)
-            if len(indices):
-                at_work[str(number)] = self._begin(task, block, number, indices)
+            data, _ = self._examples(number)
+            if data.indices:
+                at_work[str(number)] = self._begin(task, block, number, data)
             else:
                 answers[number] = Answer(number, error="it has no examples")
         while any(not self.pack.trials[name].finished for name in at_work if not at_work[name].error):
@@ -125,7 +132,7 @@ class PackLocal:
             answers[client.number] = self._end(task, name, client)
         return [answers[number] for number in clients]
 
-    def _begin(self, task: Task, block: Block, number: int, indices: Any) -> _Client:
+    def _begin(self, task: Task, block: Block, number: int, data: ClientData) -> _Client:
         setting, federate = task.setting, self.federate
         rank = setting.rank_of(number)
         kept = self._kept(number, block.kept.get(number))
@@ -144,7 +151,6 @@ class PackLocal:
         recipe = self.recipe.model_copy(
             update={"train": train, "seed": seed_of(self.recipe.seed, number, setting.number)}
         )
-        data = ClientData(self.data.folder, self.data.hash, tuple(int(index) for index in indices))
         config = copy.copy(self._config)
         trial = self.pack.admit(str(number), recipe, data, AdapterState(config, begun), names)
         if federate.optimizer_state == "keep" and "optimizer" in kept:
@@ -214,18 +220,17 @@ class PackLocal:
         self._lay_under(task)
         found = []
         for number in block.clients:
-            _, indices = self._examples(number)
-            if not len(indices):
+            _, data = self._examples(number)
+            if not data.indices:
                 continue
             personal = self._kept(number, block.kept.get(number)).get("personal", {})
             begun = start(self.federate, task.server.state, task.setting.alphas, task.setting.rank_of(number))
-            examples = ClientData(self.data.folder, self.data.hash, tuple(map(int, indices))).split("train")
-            loss = self._loss({**begun, **personal}, examples)
-            found.append(Measured(number, loss, len(indices)))
+            loss = self._loss({**begun, **personal}, data.split("train"))
+            found.append(Measured(number, loss, len(data.indices)))
         return found
 
     def central(self, task: Task) -> float | None:
-        validation = self.data.split("validation")
+        validation = self.holdings.validation
         if validation is None:
             return None
         self._lay_under(task)
@@ -242,8 +247,12 @@ class PackLocal:
 
     # What it has at hand
 
-    def _examples(self, client: int) -> tuple[Any, Any]:
-        return held_out(self.shares.of(client), self.federate.evaluate.holdout, self.recipe.seed, client)
+    def _examples(self, client: int) -> tuple[ClientData, ClientData]:
+        """(what it trains on, what it holds out)."""
+        data, indices = self.holdings.of(client)
+        parts = held_out(indices, self.federate.evaluate.holdout, self.recipe.seed, client)
+        train, out = (ClientData(data.folder, data.hash, tuple(map(int, part))) for part in parts)
+        return train, out
 
     def _kept(self, client: int, number: int | None) -> dict[str, Any]:
         if number is None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def split(partition: Partition, labels: Labels, clients: int, seed: int) -> dict
     method = partition.method
     if method in ("natural", "sources"):
         parts = {str(value): np.flatnonzero(labels == value) for value in natural_order(labels)}
-        _check_sizes(parts, partition)
+        check_sizes(sizes_of(parts), partition)
         return parts
     if clients > len(labels):
         raise _impossible(f"{len(labels)} examples cannot be split over {clients} clients", "federate.clients")
@@ -46,7 +46,7 @@ def split(partition: Partition, labels: Labels, clients: int, seed: int) -> dict
     else:
         lists = quantity(len(labels), clients, partition.alpha, seed, partition.min_size)
     parts = {str(number): np.asarray(indices, dtype=np.int64) for number, indices in enumerate(lists)}
-    _check_sizes(parts, partition)
+    check_sizes(sizes_of(parts), partition)
     return parts
 
 
@@ -146,9 +146,13 @@ def quantity(count: int, clients: int, alpha: float, seed: int, min_size: int) -
     return [sorted(part.tolist()) for part in np.split(order, np.cumsum(sizes)[:-1])]
 
 
-def _check_sizes(parts: dict[str, np.ndarray], partition: Partition) -> None:
+def sizes_of(parts: Mapping[str, np.ndarray]) -> dict[str, int]:
+    return {name: len(indices) for name, indices in parts.items()}
+
+
+def check_sizes(sizes: Mapping[str, int], partition: Partition) -> None:
     """Raises UsageError R901 for clients below `min_size`; one without data is named as such."""
-    small = {name: len(indices) for name, indices in parts.items() if len(indices) < max(partition.min_size, 1)}
+    small = {name: size for name, size in sizes.items() if size < max(partition.min_size, 1)}
     if small and not (partition.min_size == 0 and partition.method in ("dirichlet", "quantity")):
         shown = ", ".join(f"client {name} has {size}" for name, size in list(small.items())[:5])
         raise _impossible(

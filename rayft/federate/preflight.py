@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rayft.config.federate import Federate
 from rayft.errors import UsageError
 from rayft.train.preparation import Preparation, data_here, elsewhere
+
+if TYPE_CHECKING:
+    from rayft.config.recipe import Recipe
+    from rayft.data.examples import Examples
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,18 @@ def measure(recipe_data: dict[str, Any], base: str, folder: str, hash: str, devi
     """On a node like a worker's. On CPUs all workers are taken to share one machine, as they do on the smallest
     cluster, where memory is shortest."""
     from rayft.config.recipe import Recipe
+
+    examples = data_here(folder, hash).split("train")
+    assert examples is not None
+    return room_for(Recipe.model_validate(recipe_data), base, examples, device, workers)
+
+
+def room_for(recipe: Recipe, base: str, examples: Examples, device: str, workers: int) -> Room:
+    """On this machine, for clients with examples like these."""
     from rayft.data.micro_batches import micro_batch_size
     from rayft.data.schedule import StepSchedule
     from rayft.models import hub, memory
 
-    recipe = Recipe.model_validate(recipe_data)
-    examples = data_here(folder, hash).split("train")
-    assert examples is not None
     schedule = StepSchedule.of(recipe, examples)
     micro = micro_batch_size(recipe.train.micro_batch_size, schedule, 1, device)
     found = memory.estimate(

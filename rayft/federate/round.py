@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rayft.errors import RunFailed
 from rayft.federate.aggregate import join
 from rayft.federate.messages import Partial
 from rayft.federate.pool import Pool
-from rayft.federate.sample import blocks
+from rayft.federate.sample import units
 from rayft.federate.task import Block, Task, Trained
 from rayft.federate.tree import Tree
 
@@ -44,14 +44,16 @@ def gather(
     *,
     enough: int,
     retries: int,
+    sites: Sequence[int] = (),
     deadline: float | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Gathered:
     """Train a cohort and add its answers up.
 
     kept: client -> round of its current state. enough: clients after whose answers the others are not waited for.
-    retries: how often a block may lose its worker; then its clients have failed. deadline: seconds for all of it,
-    from when all workers have their base.
+    retries: how often a block may lose its worker; then its clients have failed. sites: client -> where its data is
+    pinned; the clients of a place that is gone have failed. deadline: seconds for all of it, from when all workers have
+    their base.
 
     Raises Interrupted.
     """
@@ -59,16 +61,13 @@ def gather(
         pool.wait(POLL_SECONDS, ())
     began = time.monotonic()
     federate = task.setting.federate
-    units = [
-        Block(number, tuple(clients), {client: kept[client] for client in clients if client in kept})
-        for number, clients in enumerate(blocks(cohort, federate.pack_size))
-    ]
+    all_units = units(cohort, federate.pack_size, kept, sites)
     found = Gathered()
-    if not units:
+    if not all_units:
         return found
-    tree = Tree[Partial](len(units), join)
+    tree = Tree[Partial](len(all_units), join)
     shared = pool.share(task)
-    waiting, open_units, deaths = deque(units), {unit.number: unit for unit in units}, dict.fromkeys(cohort, 0)
+    waiting, open_units, deaths = deque(all_units), {unit.number: unit for unit in all_units}, dict.fromkeys(cohort, 0)
     answered = 0
 
     def leave_out(unit: Block, partial: Partial) -> None:
@@ -88,9 +87,16 @@ def gather(
                 found.late += unit.clients
                 leave_out(unit, Partial())
             break
-        while waiting and pool.idle:
-            unit = waiting.popleft()
-            pool.submit(unit.number, "train", shared, unit)
+        for unit in list(waiting):
+            if not pool.idle and not sites:
+                break
+            if pool.free(unit.site):
+                pool.submit(unit.number, "train", shared, unit, site=unit.site)
+            elif reason := pool.gone(unit.site):
+                leave_out(unit, Partial(failed=tuple((client, reason) for client in unit.clients)))
+            else:
+                continue
+            waiting.remove(unit)
         for done in pool.wait(POLL_SECONDS, open_units):
             unit = open_units[int(done.key)]  # type: ignore[call-overload]  # keys are the units' numbers
             if done.lost:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rayft.config.federate import Federate
 from rayft.federate.noise import secure_uniform
 from rayft.federate.privacy import expected
+from rayft.federate.task import Block
 
 
 def cohort(federate: Federate, population: int, seed: int, number: int) -> list[int]:
@@ -30,9 +32,29 @@ def cohort(federate: Federate, population: int, seed: int, number: int) -> list[
     return [int(client) for client in chosen]
 
 
-def blocks(clients: list[int], size: int) -> list[list[int]]:
-    """Neighbours of a cohort, ``size`` at a time: the units of work."""
-    return [clients[first : first + size] for first in range(0, len(clients), size)]
+def blocks(clients: Sequence[int], size: int, sites: Sequence[int] = ()) -> list[list[int]]:
+    """Neighbours of a cohort, ``size`` at a time: the units of work, in the order of their first clients.
+
+    sites: client -> where its data is pinned; a block is of one site.
+    """
+    groups: dict[int, list[int]] = {}
+    for client in clients:
+        groups.setdefault(sites[client] if sites else 0, []).append(client)
+    found = [group[first : first + size] for group in groups.values() for first in range(0, len(group), size)]
+    return sorted(found)
+
+
+def units(clients: Sequence[int], size: int, kept: Mapping[int, int], sites: Sequence[int] = ()) -> list[Block]:
+    """The blocks of a cohort as workers get them."""
+    return [
+        Block(
+            number,
+            tuple(group),
+            {client: kept[client] for client in group if client in kept},
+            sites[group[0]] if sites else None,
+        )
+        for number, group in enumerate(blocks(clients, size, sites))
+    ]
 
 
 def asked(federate: Federate, population: int) -> float:

@@ -29,6 +29,8 @@ class Block:
     clients: tuple[int, ...]
     kept: Mapping[int, int] = field(default_factory=dict)
     """Client -> round whose kept state is the current one."""
+    site: int | None = None
+    """Where its clients' data is pinned; None: any worker can take it."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Resources = Mapping[str, float]
 _TOLERANCE = 1e-9
@@ -18,6 +18,11 @@ class Node:
     host: str
     total: Resources
     free: Resources
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def has(self, selector: Mapping[str, str]) -> bool:
+        """Whether its labels are those that a label selector of Ray asks for: `a`, `!a`, `in(a, b)`, `!in(a, b)`."""
+        return all(_selects(text, self.labels.get(name)) for name, text in selector.items())
 
     def room(self, worker: Resources) -> int:
         """Workers that fit when nothing else runs."""
@@ -58,7 +63,13 @@ def snapshot() -> Cluster:
 
     free = available_resources_per_node()
     nodes = [
-        Node(node["NodeID"], node["NodeManagerHostname"], node["Resources"], free.get(node["NodeID"], {}))
+        Node(
+            node["NodeID"],
+            node["NodeManagerHostname"],
+            node["Resources"],
+            free.get(node["NodeID"], {}),
+            node.get("Labels") or {},
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -71,6 +82,13 @@ def describe(resources: Resources) -> str:
         name: amount for name, amount in resources.items() if not name.startswith(("node:", "memory", "object_store"))
     }
     return ", ".join(f"{amount:g} {name}" for name, amount in sorted(shown.items())) or "no CPU"
+
+
+def _selects(text: str, label: str | None) -> bool:
+    """Whether one condition of a label selector holds; a node without the label has none of the values."""
+    wanted = text.removeprefix("!")
+    values = wanted[3:-1].replace(" ", "").split(",") if wanted.startswith("in(") else [wanted]
+    return (label in values) != text.startswith("!")
 
 
 def _room(has: Resources, worker: Resources) -> int:

@@ -129,12 +129,13 @@ def settle(recipe_data: dict[str, Any], base: str, device: str, shared: bool = T
     check_trainer_args(recipe)
     folder = hub.fetch(base, recipe.model.revision)
     tokenizer = load.load_tokenizer(recipe, folder)
-    data = prepare_data(recipe, tokenizer, data_cache(recipe))
+    # Without sources the data is somewhere else: clients of a federation read their own.
+    data = prepare_data(recipe, tokenizer, data_cache(recipe)) if recipe.data.train else Prepared("", "")
     return Settled(
         base_hash=identity.base_hash(folder),
         template_hash=hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
         dtype=load.dtype_of(recipe, device),
-        data_folder=_shared_data(data, recipe) if shared else data.folder,
+        data_folder=_shared_data(data, recipe) if shared and data.folder else data.folder,
         data_hash=data.hash,
     )
 

@@ -110,4 +110,4 @@ def test_as_a_user_types_it(federation: Any, tmp_path: Path) -> None:
     assert sum(told["clients"].values()) == 32 and told["heterogeneity"]["clients"] == 4
     assert told["recipe"]["federate.rounds"] == {"value": 3, "origin": "user"}
     there = CliRunner().invoke(app, ["federate", str(file), "--dry-run", "model.base=org/elsewhere"])
-    assert there.exit_code == 0 and "rayft models pull org/elsewhere" in there.stdout
+    assert there.exit_code == 0 and "no plan: org/elsewhere is not on this machine" in there.stdout

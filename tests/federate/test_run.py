@@ -234,7 +234,7 @@ def test_packs_and_lone_clients_train_alike(federation: Federations) -> None:
         (alone,) = local.train(task, Block(0, (number,)))
         for name, tensor in alone.state.items():
             assert torch.allclose(tensor, together[number].state[name], rtol=0, atol=2e-5), name
-        assert alone.examples == together[number].examples == len(local._examples(number)[0])
+        assert alone.examples == together[number].examples == len(local._examples(number)[0].indices)
 
 
 @pytest.mark.parametrize(
