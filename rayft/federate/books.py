@@ -53,8 +53,9 @@ class Book:
 class Books:
     """The rounds of a run's folder, and the ledger of what was released."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, kind: str = "adapter") -> None:
+        """kind: what a round deploys, and the name of its folder: adapter or model."""
+        self.folder, self.kind = folder, kind
         self._ledger = Lines(folder.location / LEDGER, folder.scratch)
 
     def rounds(self) -> list[int]:
@@ -70,13 +71,14 @@ class Books:
         return read_book(self.folder, number)
 
     def commit(self, book: Book, export: Callable[[Path], None]) -> None:
-        """Write a round: the server's state and the adapter as it is deployed, in one step; then its line of metrics.
+        """Write a round: the server's state and the weights as they are deployed, in one step; then its line of
+        metrics.
 
-        export: writes the adapter into a folder.
+        export: writes the adapter or model into a folder.
         """
         number = book.server.rounds
         with self.folder.writing(f"{ROUNDS}/{number}") as target:
-            export(target / "adapter")
+            export(target / self.kind)
             buffer = io.BytesIO()
             torch.save(book.plain(), buffer)
             (target / STATE).write_bytes(buffer.getvalue())

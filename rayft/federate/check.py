@@ -23,19 +23,16 @@ def check(recipe: Recipe, federate: Federate) -> None:
 
 def why_not(recipe: Recipe, federate: Federate) -> tuple[str, str] | None:
     """(reason, what to do) of the first obstacle."""
-    from rayft.multilora.suits import why_not as not_in_a_pack
-
-    if reason := not_in_a_pack(recipe):
-        return f"clients train as adapters of one pack, and {reason}", "add `adapter: {}`, or change that key"
-    assert recipe.adapter is not None
+    if trains_alone(recipe) and (found := _not_alone(recipe, federate)):
+        return found
     if recipe.data.packing:
         return "data.packing mixes the examples of several clients in one bin", "data.packing=false"
-    if federate.ranks and max(federate.ranks) > recipe.adapter.rank:
+    if federate.ranks and recipe.adapter is not None and max(federate.ranks) > recipe.adapter.rank:
         return (
             f"a client has rank {max(federate.ranks)}, and adapter.rank, the server's, is {recipe.adapter.rank}",
             f"adapter.rank={max(federate.ranks)}",
         )
-    if federate.ranks and recipe.adapter.peft_args.get("rank_pattern"):
+    if federate.ranks and recipe.adapter is not None and recipe.adapter.peft_args.get("rank_pattern"):
         return "federate.ranks and adapter.peft_args.rank_pattern both set ranks", "leave one of them out"
     if federate.pinned and isinstance(recipe.data.validation, float):
         return (
@@ -49,6 +46,50 @@ def why_not(recipe: Recipe, federate: Federate) -> tuple[str, str] | None:
         )
     if federate.strategy == "scaffold":
         return _not_plain_sgd(recipe)
+    return None
+
+
+def trains_alone(recipe: Recipe) -> str | None:
+    """Why clients train one at a time: no adapter, or one that cannot share a pack. None: they train in packs."""
+    from rayft.multilora.suits import why_not as not_in_a_pack
+
+    return not_in_a_pack(recipe)
+
+
+ALONE: tuple[tuple[str, tuple[object, ...], str, str], ...] = (
+    ("scale.strategy", ("zero1", "zero2", "zero3", "fsdp"), "a client is trained whole on one worker", "ddp"),
+    ("model.dtype", ("fp16",), "each client would look for its loss scale anew", "bf16"),
+    ("adapter.method", ("adalora",), "each client would move its ranks elsewhere", "lora"),
+    ("train.torch_compile", (True,), "each client would be compiled anew", "false"),
+    ("train.lr_scheduler_type", ("reduce_lr_on_plateau", "greedy"), "this schedule looks at evaluations", "constant"),
+    ("train.load_best_model_at_end", (True,), "a client has no checkpoints to go back to", "false"),
+    ("train.on_divergence", ("rollback",), "a client has no checkpoints to go back to", "stop"),
+)
+"""(key, values, why clients cannot train alone with them, what can be had instead)."""
+
+
+def _not_alone(recipe: Recipe, federate: Federate) -> tuple[str, str] | None:
+    plain = recipe.model_dump(mode="json")
+    for key, values, reason, instead in ALONE:
+        section, name = key.split(".")
+        if (plain[section] or {}).get(name) in values:
+            return f"{key}={plain[section][name]}: {reason}", f"{key}={instead}"
+    if isinstance(recipe.train.trainable, list):
+        return "train.trainable has phases, which are those of one run from start to end", "one set of weights"
+    if recipe.train.l2_sp:
+        return "train.l2_sp pulls to the start of a run", "federate.strategy=fedprox pulls to that of the round"
+    if recipe.train.early_stopping_patience is not None:
+        return "train.early_stopping_patience looks at evaluations, and a client has none", "leave it out"
+    if "lomo" in recipe.train.optim:
+        return f"train.optim={recipe.train.optim} steps inside the backward pass", "train.optim=adafactor"
+    if federate.aggregation not in ("auto", "fedit"):
+        return (
+            f"federate.aggregation={federate.aggregation} puts the factors of plain LoRA adapters together, and here "
+            f"tensors are averaged one by one ({trains_alone(recipe)})",
+            "federate.aggregation=fedit (or auto)",
+        )
+    if federate.ranks:
+        return "federate.ranks are those of plain LoRA adapters", "leave it out"
     return None
 
 

@@ -17,7 +17,7 @@ from rayft.config.federate import Federate
 from rayft.config.recipe import Recipe
 from rayft.config.resolve import Resolved
 from rayft.errors import RayftError
-from rayft.federate.check import check
+from rayft.federate.check import check, trains_alone
 from rayft.runs.folder import Mode, RunFolder
 from rayft.runs.storage import check_writable, locate
 from rayft.runtime.stopping import stoppable
@@ -48,11 +48,13 @@ class FederateResult:
     """Why there is no further one: rounds, privacy or communication."""
     metrics: Mapping[str, Any]
     state: str = "finished"
+    kind: str = "adapter"
+    """adapter, or model where the weights themselves were trained."""
 
     @property
     def folder(self) -> str:
-        """The best round's adapter, for stock PEFT."""
-        return str(locate(self.path) / "adapter")
+        """The best round's adapter, for stock PEFT, or its model, for stock transformers."""
+        return str(locate(self.path) / self.kind)
 
     @property
     def report(self) -> str:
@@ -76,6 +78,8 @@ def run(
     resolved = config.load(source, overrides)
     recipe, federate = with_section(resolved.recipe)
     check(recipe, federate)
+    if recipe.adapter is not None and (reason := trains_alone(recipe)):
+        logger.warning("clients train one at a time, and tensors are averaged one by one (fedit): %s", reason)
     check_writable(locate(recipe.storage))
     if mode == "resume":
         _check_former(resolved, federate)
@@ -104,8 +108,11 @@ def run(
 
 
 def with_section(recipe: Recipe) -> tuple[Recipe, Federate]:
-    """The recipe with its section `federate`, which is that of the defaults where it is absent."""
+    """The recipe with its section `federate`, which is that of the defaults where it is absent, and says how tensors
+    are put together where clients train alone."""
     federate = recipe.federate or Federate()
+    if federate.aggregation == "auto" and trains_alone(recipe):
+        federate = federate.model_copy(update={"aggregation": "fedit"})  # there are no factors to put together
     return recipe.model_copy(update={"federate": federate}), federate
 
 
@@ -132,7 +139,7 @@ def _run(
     from rayft.federate.books import Books
     from rayft.federate.display import Display
     from rayft.federate.export import export, export_personal
-    from rayft.federate.federation import Federation, Plan
+    from rayft.federate.federation import Export, Federation, Plan
 
     recipe, settled = prepared.recipe, prepared.settled
     data_hash = settled.data_hash if sites is None else sites.hash(settled.data_hash)
@@ -159,7 +166,12 @@ def _run(
         display.event(kind, facts)
 
     pool = _pool(prepared, federate, folder, len(names), sites)
-    books = Books(folder)
+    books = Books(folder, kind_of(recipe))
+    deploy: Export = export
+    if trains_alone(recipe):
+        from rayft.federate.alone import Exporter
+
+        deploy = Exporter(recipe, prepared.base, prepared.init_adapter)
     try:
         with stoppable(asked.set), display:
             federation = Federation(
@@ -167,7 +179,7 @@ def _run(
                 plan,
                 pool,
                 books,
-                export=export,
+                export=deploy,
                 told=display.row,
                 event=event,
                 stopping=asked.is_set,
@@ -183,19 +195,27 @@ def _run(
         events.flush()
         pool.close()
     folder.note(seconds=before + time.time() - began)
-    return _finish(folder, book, ended, federate, names)
+    return _finish(folder, book, ended, recipe, federate, names)
 
 
-def _finish(folder: RunFolder, book: Book, ended: str, federate: Federate, names: Sequence[str]) -> FederateResult:
+def kind_of(recipe: Recipe) -> str:
+    """What a round deploys: adapter or model."""
+    return "adapter" if recipe.adapter is not None else "model"
+
+
+def _finish(
+    folder: RunFolder, book: Book, ended: str, recipe: Recipe, federate: Federate, names: Sequence[str]
+) -> FederateResult:
     from rayft.federate.books import ROUNDS, read_book
     from rayft.federate.export import rank_of
 
     best = book.best[0] if book.best else book.server.rounds
-    with folder.writing("adapter") as target:
-        (folder.location / ROUNDS / str(best) / "adapter").copy_to(locate(target))
+    kind = kind_of(recipe)
+    with folder.writing(kind) as target:
+        (folder.location / ROUNDS / str(best) / kind).copy_to(locate(target))
     chosen = read_book(folder, best)
     facts = {
-        "kind": "adapter",
+        "kind": kind,
         "best_round": best,
         "rounds": book.server.rounds,
         "ended": ended,
@@ -215,7 +235,14 @@ def result_of(folder: RunFolder) -> FederateResult:
     """The result of a finished federation."""
     facts = folder.record.facts
     return FederateResult(
-        folder.path, folder.name, facts["best_round"], facts["rounds"], facts["ended"], facts["metrics"], folder.state
+        folder.path,
+        folder.name,
+        facts["best_round"],
+        facts["rounds"],
+        facts["ended"],
+        facts["metrics"],
+        folder.state,
+        facts["kind"],
     )
 
 

@@ -17,7 +17,7 @@ from rayft import config
 from rayft.config.federate import REPLACED, Federate
 from rayft.config.recipe import Recipe
 from rayft.errors import UsageError
-from rayft.federate.check import check
+from rayft.federate.check import check, trains_alone
 from rayft.federate.driver import with_section
 from rayft.train.dry_run import DryRun, prepare_here
 
@@ -118,6 +118,7 @@ def _plan(prepared: Preparation, federate: Federate, population: int) -> dict[st
         "local": f"{federate.local_steps} steps" if federate.local_steps else f"{federate.local_epochs or 1:g} epochs",
         "strategy": federate.strategy,
         "aggregation": federate.method,
+        "clients_at_once": f"1 ({alone})" if (alone := trains_alone(prepared.recipe)) else federate.pack_size,
         "workers": prepared.workers,
         "dtype": prepared.settled.dtype,
         "device": prepared.device,

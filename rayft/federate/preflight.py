@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayft.config.federate import Federate
 from rayft.errors import UsageError
+from rayft.federate.check import trains_alone
 from rayft.train.preparation import Preparation, data_here, elsewhere
 
 if TYPE_CHECKING:
@@ -85,7 +86,10 @@ def room_for(recipe: Recipe, base: str, examples: Examples, device: str, workers
         tokens=micro * int(schedule.lengths.max()),
         device=device,
     )
-    client = 4 * found.trainable_parameters + found.gradients + found.optimizer + found.activations
+    values = found.trainable_parameters
+    if trains_alone(recipe):  # one at a time; beside it the server's tensors, fp64 sums, and the answers that wait
+        return Room(_free(device, workers), found.total + 12 * values, 4 * values)
+    client = 4 * values + found.gradients + found.optimizer + found.activations
     return Room(_free(device, workers), found.total, client)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,19 @@ from transformers.trainer_callback import PrinterCallback
 from rayft.config.recipe import Recipe
 from rayft.data.schedule import StepSchedule
 from rayft.models import adapters
-from rayft.train.control import ClusterCallback
+from rayft.train.speed import Speed
 
 TRAINING_STATE = "weights.pt"
 """Inside a checkpoint of an adapter: its weights exactly as they are trained. The stock files can hold less (the
 full ranks of AdaLoRA) or a conversion (PiSSA)."""
+
+
+class Hears(Protocol):
+    """What a trainer tells of its steps: to a clock where time goes, and each row of training scalars."""
+
+    speed: Speed
+
+    def on_train_log(self, step: int, logs: dict[str, float]) -> None: ...
 
 
 class RayftTrainer(Trainer):
@@ -41,7 +49,7 @@ class RayftTrainer(Trainer):
         loader: DataLoader[Any],
         validation: Callable[[], Iterator[dict[str, torch.Tensor]]] | None,
         penalty: Callable[[], torch.Tensor | None],
-        control: ClusterCallback,
+        control: Hears,
         learning_rate_scale: float = 1.0,
         **arguments: Any,
     ) -> None:

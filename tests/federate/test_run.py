@@ -18,8 +18,9 @@ from rayft.data.examples import Selection
 from rayft.errors import RayftError, UsageError
 from rayft.federate import run
 from rayft.federate.books import read_book
+from rayft.federate.clients import seed_of
 from rayft.federate.data import ClientData, Shares, held_out
-from rayft.federate.local import LocalJob, PackLocal, seed_of
+from rayft.federate.local import LocalJob, PackLocal
 from rayft.federate.state import norm
 from rayft.federate.task import kept_file
 from rayft.runs.folder import RunFolder
@@ -234,7 +235,7 @@ def test_packs_and_lone_clients_train_alike(federation: Federations) -> None:
         (alone,) = local.train(task, Block(0, (number,)))
         for name, tensor in alone.state.items():
             assert torch.allclose(tensor, together[number].state[name], rtol=0, atol=2e-5), name
-        assert alone.examples == together[number].examples == len(local._examples(number)[0].indices)
+        assert alone.examples == together[number].examples == len(local.examples(number)[0].indices)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +352,6 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"strategy": "scaffold", "train.optim": "sgd"}, "R902", "max_grad_norm is 1.0"),
     ({"ranks": [2, 8]}, "R902", "adapter.rank, the server's, is 4"),
     ({"data.packing": True}, "R902", "bin"),
-    ({"adapter.use_dora": True}, "R902", "DoRA"),
     ({"clients": 1000}, "R901", "cannot be split over 1000"),
     ({"partition": {"method": "natural", "column": "nonsense"}}, "R216", "task"),
     ({"strategy": "fedavgg"}, "R105", "fedavg"),
@@ -365,13 +365,6 @@ def test_bad_input_is_one_clear_message(federation: Federations, settings: dict[
     with pytest.raises(UsageError) as caught:
         quiet(federation(**settings))
     assert caught.value.id == id and words in str(caught.value)
-
-
-def test_full_fine_tuning_is_refused_with_the_reason(federation: Federations) -> None:
-    plain = federation()
-    del plain["adapter"]
-    with pytest.raises(UsageError, match=r"R902.*weights themselves"):
-        quiet(plain)
 
 
 def test_other_settings_are_refused_at_resume(federation: Federations) -> None:
