@@ -77,19 +77,12 @@ class Chooser:
         return penalised or bool(p.logit_bias) or self.ends_forbidden or self.mask is not None
 
     @property
-    def takes_the_best(self) -> bool:
-        """Whether its next token is that of the highest logit, and nothing else is asked for."""
-        return self.params.greedy and not self.params.logprobs and not self.adjusts
-
-    @property
     def ends_forbidden(self) -> bool:
         return len(self.generated) < self.params.min_tokens
 
 
 def choose(logits: torch.Tensor, rows: Sequence[Chooser]) -> list[Choice]:
     """logits: [n, vocabulary], one line per row. The rows are not told of their token: see `Chooser.chosen`."""
-    if all(row.takes_the_best for row in rows):
-        return [Choice(token) for token in logits.argmax(-1).tolist()]
     raw = logits.float()
     scores = adjusted(raw, rows)
     tokens = scores.argmax(-1)
