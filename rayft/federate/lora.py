@@ -66,7 +66,6 @@ def padded(answer: Answer, server: Server, alphas: Alphas) -> dict[str, torch.Te
 def merge(federate: Federate, server: Server, partial: Partial, alphas: Alphas, seed: int, number: int) -> Merged:
     """The methods that replace factors or keep an accumulator: svd, fedex, flora and hetlora."""
     mean = {module: (B / partial.weight, A) for module, (B, A) in partial.products.items()}
-    exact = stacked([server.accumulator, mean])
     if federate.method == "flora":
         state, put_aside = _fresh(server, seed, number), mean
     elif federate.method == "svd":
@@ -83,8 +82,7 @@ def merge(federate: Federate, server: Server, partial: Partial, alphas: Alphas, 
     if federate.accumulator_rank is not None and accumulator:
         accumulator, metrics["truncation_error"] = _cut(accumulator, federate.accumulator_rank)
     sent = {name: tensor.double() for name, tensor in like(state, server.state).items()}
-    deployed = stacked([accumulator, products(sent, scalings(sent, alphas))])
-    metrics["gap"] = gap(exact, deployed, mean)
+    metrics["gap"] = gap([server.accumulator, mean], [accumulator, products(sent, scalings(sent, alphas))], mean)
     if accumulator:
         metrics["accumulator_rank"] = max(B.shape[1] for B, _ in accumulator.values())
     return Merged(state, accumulator, metrics)
@@ -94,7 +92,7 @@ def factor_gap(server: Server, partial: Partial, state: dict[str, torch.Tensor],
     """The gap where factors are averaged one by one: s B A of the mean factors against the mean of the products."""
     mean = {module: (B / partial.weight, A) for module, (B, A) in partial.products.items()}
     full = {**{name: tensor.double() for name, tensor in server.state.items()}, **state}
-    return gap(mean, products(full, scalings(full, alphas)), mean)
+    return gap([mean], [products(full, scalings(full, alphas))], mean)
 
 
 def deployed(server: Server, alphas: Alphas) -> dict[str, torch.Tensor]:

@@ -40,6 +40,8 @@ class Flight:
     turn: int = 0
     """The last step that computed a piece of its prompt."""
     cached_tokens: int | None = None
+    queued: float | None = None
+    """Seconds from its arrival until it first ran."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -65,4 +67,4 @@ class Flight:
     @property
     def usage(self) -> Usage:
         prompt = len(self.request.prompt)
-        return Usage(prompt, len(self.tokens) - prompt, self.cached_tokens or 0)
+        return Usage(prompt, len(self.tokens) - prompt, self.cached_tokens or 0, self.queued)

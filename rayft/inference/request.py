@@ -123,6 +123,8 @@ class Usage:
     """Every generated token, one that ended the answer included."""
     cached_tokens: int
     """Tokens of the prompt whose keys and values came from the prefix cache."""
+    queued: float | None = field(default=None, compare=False)
+    """Seconds that it waited before it began to run; None where it never did, or where that is not known."""
 
 
 @dataclass(frozen=True)

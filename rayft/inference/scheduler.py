@@ -178,7 +178,7 @@ class Scheduler:
         if self.prefix is not None:
             self.prefix.restore(self._hashes(flight, len(flight.tokens) - 1), slab)
         if flight.cached_tokens is None:
-            flight.cached_tokens = slab.length
+            flight.cached_tokens, flight.queued = slab.length, now - flight.waiting_since
         self.running.append(flight)
         return None
 

@@ -69,7 +69,8 @@ async def whole(flow: Flow) -> list[Answer]:
 
 
 def total(flow: Flow) -> Usage:
-    """What the request is billed: the prompt of a job once, however many answers it has."""
+    """What the request is billed: the prompt of a job once, however many answers it has. It waited as long as that
+    of its answers which waited longest."""
     prompt = cached = 0
     first = 0
     for job in flow.jobs:
@@ -77,7 +78,9 @@ def total(flow: Flow) -> Usage:
         prompt += max((usage.prompt_tokens for usage in of_job), default=0)
         cached += min((usage.cached_tokens for usage in of_job), default=0)
         first += job.n
-    return Usage(prompt, sum(usage.completion_tokens for usage in flow.usage.values()), cached)
+    queued = [usage.queued for usage in flow.usage.values() if usage.queued is not None]
+    completion = sum(usage.completion_tokens for usage in flow.usage.values())
+    return Usage(prompt, completion, cached, max(queued, default=None))
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

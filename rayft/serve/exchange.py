@@ -136,6 +136,7 @@ class Exchange:
             record.status = 200
             record.prompt_tokens, record.completion_tokens = usage.prompt_tokens, usage.completion_tokens
             record.cached_tokens = usage.cached_tokens
+            record.queued = None if record.from_cache else usage.queued
         else:
             gone = not isinstance(error, Exception)  # cancelled: the server stops, or nobody waits any more
             record.status = 499 if gone else status_of(error)

@@ -44,6 +44,7 @@ class Measure:
             "rayft:response_cache_hits", "Requests answered from the response cache", registry=self.registry
         )
         self._seconds = self._histogram("e2e_request_latency_seconds", "Time of a request", _SECONDS)
+        self._queued = self._histogram("request_queue_time_seconds", "Before the first step of a request", _SECONDS)
         self._first = self._histogram("time_to_first_token_seconds", "Of streams", _SECONDS)
         self._gap = self._histogram("inter_token_latency_seconds", "Time between chunks of a stream", _SECONDS)
         self._per_token = self._histogram("request_time_per_output_token_seconds", "Mean over a stream", _SECONDS)
@@ -68,6 +69,8 @@ class Measure:
             self._success.labels(*own, reason).inc()
         self._hits.inc(record.from_cache)
         self._seconds.labels(*own).observe(record.seconds)
+        if record.queued is not None:
+            self._queued.labels(*own).observe(record.queued)
         self._prompts.labels(*own).observe(record.prompt_tokens)
         self._answers.labels(*own).observe(record.completion_tokens)
         self._n.labels(*own).observe(record.answers)

@@ -43,6 +43,8 @@ class Record:
     """Answered from the response cache."""
     seconds: float = 0.0
     """From its arrival to its last byte."""
+    queued: float | None = None
+    """Seconds of these before the first step that computed a part of it; None from vLLM and from the response cache."""
     first_token: float | None = None
     """Seconds from its arrival to the first text; only known of streams."""
     memory: int | None = None

@@ -94,6 +94,8 @@ def test_counters_summary_and_log_are_the_sum_of_usage(fresh: httpx.Client, tmp_
     )
     assert found["vllm:time_to_first_token_seconds_count", "bert"] == 2
     assert found["vllm:e2e_request_latency_seconds_count", "tiny"] == 2
+    assert found["vllm:request_queue_time_seconds_count", "tiny"] == 2
+    assert found["vllm:request_queue_time_seconds_sum", "tiny"] < found["vllm:e2e_request_latency_seconds_sum", "tiny"]
     assert found["rayft:request_errors_total", "404"] == found["rayft:request_errors_total", "400"] == 1
     assert found["vllm:num_requests_running", "0"] == 0
     assert 'vllm:prompt_tokens_total{adapter="anna",model_name="tiny"}' in fresh.get("/metrics").text
