@@ -13,8 +13,8 @@ from torch import nn
 
 from rayft.models.prepack import prepack
 
-_KEY = "_rayft_siblings"
-"""The attribute of a layer that names its siblings."""
+_KEY = "_rayft_part"
+"""The attribute of a layer that says which part of which siblings it is; its ``forward`` may be replaced again."""
 
 
 class Siblings:
@@ -44,8 +44,8 @@ class Siblings:
         for index, layer in enumerate(members):
             own = weights[index].to("meta") if laid_out else weights[index]
             layer.weight = nn.Parameter(own, requires_grad=False)
-            vars(layer)[_KEY] = self
-            layer.forward = _Part(self, index)  # type: ignore[method-assign,assignment]  # of this layer alone
+            part = vars(layer)[_KEY] = _Part(self, index)
+            layer.forward = part  # type: ignore[method-assign,assignment]  # of this layer alone
 
     def rows(self, index: int) -> slice:
         """Which outputs of the wide layer are those of a layer."""
@@ -107,12 +107,11 @@ def watching(model: nn.Module) -> Iterator[list[dict[str, nn.Linear]]]:
 
 def weight_of(layer: nn.Module) -> torch.Tensor | None:
     """[out, in]: the weight that one of several siblings had, as it is stored now; None for other layers."""
-    siblings: Siblings | None = vars(layer).get(_KEY)
-    if siblings is None:
+    part: _Part | None = vars(layer).get(_KEY)
+    if part is None:
         return None
-    wide = siblings.wide.weight.detach()
-    part = vars(layer)["forward"]
-    return (wide.to_dense() if wide.is_mkldnn else wide)[siblings.rows(part.index)]
+    wide = part.siblings.wide.weight.detach()
+    return (wide.to_dense() if wide.is_mkldnn else wide)[part.siblings.rows(part.index)]
 
 
 def _joined(parameters: Sequence[torch.Tensor]) -> nn.Parameter:
