@@ -38,14 +38,21 @@ def rounds(tmp_path: Path, ray_cluster: str) -> Run:
     """`rounds(actors, faults=..., **federate)`: (last book, run folder, workers started)."""
     made: list[int] = []
 
-    def go(actors: int, *, faults: tuple[tuple[int, str], ...] = (), retries: int = 3, **federate: Any) -> Any:
+    def go(
+        actors: int,
+        *,
+        faults: tuple[tuple[int, str], ...] = (),
+        retries: int = 3,
+        seconds: float = 0.02,
+        **federate: Any,
+    ) -> Any:
         made.append(1)
         home = tmp_path / str(len(made))
         home.mkdir()
         plain = {"name": "toy", "storage": str(home / "runs"), "model": {"base": "m"}, "data": {"train": "x"}}
         folder = RunFolder.create(load(plain), "federate")
         settings = {"rounds": 3, "pack_size": 2, "cohort": {"size": 1.0}} | federate
-        job = ToyJob(folder=str(home), faults=faults, seconds=0.02)
+        job = ToyJob(folder=str(home), faults=faults, seconds=seconds)
         pool: Pool = Actors(job, actors, {"CPU": 0.5})
         events = folder.events_log()
         try:
@@ -109,7 +116,8 @@ def test_a_client_that_hangs_is_not_waited_for(rounds: Run) -> None:
 
 
 def test_fedbuff_keeps_actors_at_work(rounds: Run) -> None:
-    _, folder, _ = rounds(2, strategy="fedbuff", buffer=4, rounds=6, evaluate={"every": 2})
+    # A second per block, so that both actors have long been there before the last round.
+    _, folder, _ = rounds(2, strategy="fedbuff", buffer=4, rounds=6, evaluate={"every": 2}, seconds=1.0)
     rows = folder.metrics()
     assert [row["clients"] for row in rows] == [4] * 6
     assert any(row["staleness"] > 0 for row in rows), "clients that began with an older version came in"
