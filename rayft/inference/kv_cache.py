@@ -34,6 +34,10 @@ class LayerShape(NamedTuple):
     dtype: torch.dtype
 
 
+_Kind = tuple[int, int, int, torch.dtype]
+"""0 for keys and 1 for values, heads, dim, dtype."""
+
+
 def capacity_for(tokens: int) -> int:
     """The capacity of the slab that holds this many tokens: at most a quarter more, up to `LONG` at most twice."""
     capacity = SMALLEST
@@ -65,9 +69,9 @@ class Shelf:
         """By layer, [rows, heads, capacity, key_dim]."""
         self.values: dict[int, torch.Tensor] = {}
         """By layer, [rows, heads, capacity, value_dim]."""
-        self._blocks: dict[tuple[int, ...], torch.Tensor] = {}
-        """What the two above are views of: by (0 for keys, 1 for values; heads; dim), [layers of this shape, rows,
-        heads, capacity, dim]. What happens to a row happens to all layers in one call."""
+        self._blocks: dict[_Kind, torch.Tensor] = {}
+        """What the two above are views of, [layers of this kind, rows, heads, capacity, dim]. What happens to a row
+        happens to all layers in one call."""
 
     def add(self) -> Slab:
         """A new slab, zeroed: attention masks what lies behind a request's last token, but 0 times NaN is NaN."""
@@ -104,13 +108,13 @@ class Shelf:
     def _resize(self, rows: int) -> None:
         kept = min(rows, self.rows)
         for kind, tensors in enumerate((self.keys, self.values)):
-            numbers: dict[tuple[int, ...], list[int]] = {}
+            numbers: dict[_Kind, list[int]] = {}
             for number, layer in self.layers.items():
                 dim = layer.value_dim if kind else layer.key_dim
-                numbers.setdefault((kind, layer.heads, dim), []).append(number)
+                numbers.setdefault((kind, layer.heads, dim, layer.dtype), []).append(number)
             for shape, group in numbers.items():
-                _, heads, dim = shape
-                block = torch.empty(len(group), rows, heads, self.capacity, dim, dtype=self.dtype, device=self.device)
+                _, heads, dim, dtype = shape
+                block = torch.empty(len(group), rows, heads, self.capacity, dim, dtype=dtype, device=self.device)
                 if kept:
                     block[:, :kept] = self._blocks[shape][:, :kept]
                 self._blocks[shape] = block

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from rayft.models.prepack import prepack
+from rayft.models.prepack import prepack, users_of
 
 _KEY = "_rayft_part"
 """The attribute of a layer that says which part of which siblings it is; its ``forward`` may be replaced again."""
@@ -98,7 +98,7 @@ def watching(model: nn.Module) -> Iterator[list[dict[str, nn.Linear]]]:
         weight = layer.weight
         kind = weight.dtype, weight.device, layer.bias is None, names[layer].rpartition(".")[0]
         groups.setdefault((id(x), *kind), {})[names[layer]] = layer
-    users = _users(model)
+    users = users_of(model)
     for group in groups.values():
         alone = all(users[id(layer.weight)] == 1 and "forward" not in vars(layer) for layer in group.values())
         if len(group) > 1 and alone:
@@ -116,12 +116,3 @@ def weight_of(layer: nn.Module) -> torch.Tensor | None:
 
 def _joined(parameters: Sequence[torch.Tensor]) -> nn.Parameter:
     return nn.Parameter(torch.cat([parameter.detach() for parameter in parameters]), requires_grad=False)
-
-
-def _users(model: nn.Module) -> dict[int, int]:
-    """How many modules have a parameter, by its identity."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
-    return users

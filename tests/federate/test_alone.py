@@ -25,8 +25,8 @@ from rayft.federate.task import Block, Task, kept_file
 from rayft.runs.folder import RunFolder
 from rayft.runs.reference import resolve
 from rayft.train import fit
-from tests.federate.test_run import job_of, quiet_until
-from tests.train.conftest import Recipes, chat_rows, write_rows
+from tests.federate.test_run import federated, job_of, quiet_until, write_tasks
+from tests.train.conftest import Recipes
 
 Federations = Callable[..., dict[str, Any]]
 
@@ -38,8 +38,7 @@ SGD = {"train.optim": "sgd", "train.max_grad_norm": 0.0, "train.learning_rate": 
 @pytest.fixture(scope="module")
 def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """24 chats, each of one of three tasks."""
-    rows = [{**row, "task": f"task-{number % 3}"} for number, row in enumerate(chat_rows(24))]
-    return write_rows(tmp_path_factory.mktemp("data") / "tasks.jsonl", rows)
+    return write_tasks(tmp_path_factory.mktemp("data"), 24)
 
 
 @pytest.fixture
@@ -47,12 +46,7 @@ def federation(recipe: Recipes, tasks_file: str) -> Federations:
     """As in test_run.py, without an adapter unless one is given; keys without a dot belong to `federate`."""
 
     def make(adapter: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-        federate = {"clients": 3, "rounds": 2, "local_steps": 2, "pack_size": 2}
-        federate |= {key: value for key, value in changes.items() if "." not in key and key != "name"}
-        outer = {key: value for key, value in changes.items() if "." in key or key == "name"}
-        plain = recipe(
-            **{"data.train": tasks_file, "data.validation": 0.2, "train.max_steps": None, **outer}, federate=federate
-        )
+        plain = federated(recipe, tasks_file, 3, changes)
         del plain["adapter"]
         return plain if adapter is None else {**plain, "adapter": adapter}
 

@@ -36,23 +36,26 @@ pytestmark = pytest.mark.long
 @pytest.fixture(scope="module")
 def tasks_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     """40 chats, each of one of three tasks."""
-    rows = [{**row, "task": f"task-{number % 3}"} for number, row in enumerate(chat_rows(40))]
-    return write_rows(tmp_path_factory.mktemp("data") / "tasks.jsonl", rows)
+    return write_tasks(tmp_path_factory.mktemp("data"), 40)
 
 
 @pytest.fixture
 def federation(recipe: Recipes, tasks_file: str) -> Federations:
     """`federation(strategy=..., **{"train.optim": ...})`: keys without a dot belong to the section `federate`."""
 
-    def make(**changes: Any) -> dict[str, Any]:
-        federate = {"clients": 4, "rounds": 2, "local_steps": 2, "pack_size": 2}
-        federate |= {key: value for key, value in changes.items() if "." not in key and key != "name"}
-        outer = {key: value for key, value in changes.items() if "." in key or key == "name"}
-        return recipe(
-            **{"data.train": tasks_file, "data.validation": 0.2, "train.max_steps": None, **outer}, federate=federate
-        )
+    return lambda **changes: federated(recipe, tasks_file, 4, changes)
 
-    return make
+
+def write_tasks(folder: Path, count: int) -> str:
+    rows = [{**row, "task": f"task-{number % 3}"} for number, row in enumerate(chat_rows(count))]
+    return write_rows(folder / "tasks.jsonl", rows)
+
+
+def federated(recipe: Recipes, data: str, clients: int, changes: dict[str, Any]) -> dict[str, Any]:
+    federate = {"clients": clients, "rounds": 2, "local_steps": 2, "pack_size": 2}
+    federate |= {key: value for key, value in changes.items() if "." not in key and key != "name"}
+    outer = {key: value for key, value in changes.items() if "." in key or key == "name"}
+    return recipe(**{"data.train": data, "data.validation": 0.2, "train.max_steps": None, **outer}, federate=federate)
 
 
 def quiet(plain: dict[str, Any], **options: Any) -> Any:
