@@ -18,6 +18,7 @@ from rayft.tune.plan import Plan
 from rayft.tune.repeats import Repeat
 from rayft.tune.report import save_report
 from rayft.tune.rows import TrialRow
+from rayft.tune.worker import STATE
 
 BEST = "best.yaml"
 TRIALS = "trials.json"
@@ -78,9 +79,11 @@ def keep_weights(folder: RunFolder, best: TrialRow) -> Literal["adapter", "model
 
 
 def remove_checkpoints(folder: RunFolder, rows: Sequence[TrialRow]) -> None:
-    """Those of a population, whose trials have kept them for each other."""
+    """Those of a population, whose trials have kept them for each other, and of lanes that died at a trial's end."""
     for row in rows:
-        (folder.location / "trials" / str(row.number) / CHECKPOINTS).remove()
+        trial = folder.location / "trials" / str(row.number)
+        for left in (CHECKPOINTS, STATE):
+            (trial / left).remove()
 
 
 def report(

@@ -19,6 +19,8 @@ from rayft.tune.capacity import Capacity
 from rayft.tune.lane import Lane, Need
 from rayft.tune.owner import Remote
 
+STATE = "state.pt"
+"""A trial's checkpoint, in its folder while it has not ended."""
 SHARE = 0.8
 """Of the free memory that adapters may take; the rest is for the allocator's gaps."""
 
@@ -55,7 +57,7 @@ class RunFiles:
 
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        place = locate(self.run) / "trials" / str(number) / "state.pt"
+        place = locate(self.run) / "trials" / str(number) / STATE
         place.parent.make_folder()
         write_atomic(place, buffer.getvalue())
         return str(place)
@@ -67,7 +69,7 @@ class RunFiles:
         return state
 
     def forget(self, number: int) -> None:
-        (locate(self.run) / "trials" / str(number) / "state.pt").remove()
+        (locate(self.run) / "trials" / str(number) / STATE).remove()
 
     @contextmanager
     def adapter(self, number: int) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from rayft.runs.folder import RunFolder
 from rayft.train import fit
 from rayft.tune import search
 from rayft.tune.study import Study
+from rayft.tune.worker import RunFiles
 from tests.train.conftest import Recipes
 from tests.tune.test_study import trials_of
 
@@ -193,6 +194,17 @@ def test_a_stopped_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest.MonkeyP
         assert dict(ours.history) == pytest.approx(dict(theirs.history), abs=1e-5)
     log = [row for row in RunFolder.open(result.path).metrics() if row["event"] == "report"]
     assert len({(row["trial"], row["trial_step"]) for row in log}) == len(log) == 12
+
+
+def test_a_lane_that_dies_at_the_end_of_a_trial_leaves_no_checkpoint(
+    recipe: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial was counted and nobody trains it any more, so no lane comes to clean up after it."""
+    monkeypatch.setattr(RunFiles, "forget", lambda self, number: None)
+    plain = sweep(recipe, num_samples=2, scheduler="none")
+    result = search(plain, quiet=True)
+    assert [row.state for row in result.rows] == ["complete"] * 2
+    assert not list(Path(result.path).glob("trials/*/state.pt"))
 
 
 def test_a_stopped_classic_sweep_is_resumed(recipe: Recipes, monkeypatch: pytest.MonkeyPatch) -> None:
