@@ -30,18 +30,22 @@ class RayBackend:
         return self._card
 
     async def generate(self, job: Job) -> AsyncIterator[Sequence[Piece]]:
-        """See `Backend.generate`. A job whose replica dies before its first piece runs once more on another one."""
+        """See `Backend.generate`. A job whose replica dies before its first piece runs once more on another one, and
+        one whose replica dies after its last piece is complete."""
         for last_time in (False, True):
-            begun = False
+            begun, ended = False, 0
             # Jobs for one adapter like to meet where it is loaded already (see `router.Router`).
             adapter = job.adapter.hash if job.adapter else ""
             stream = self.handle.options(stream=True, multiplexed_model_id=adapter).generate.remote(job)
             try:
                 async for pieces in stream:
                     begun = True
+                    ended += sum(piece.finish_reason is not None for piece in pieces)
                     yield pieces
                 return
             except LOST:
+                if ended == job.n:
+                    return
                 if begun or last_time:
                     raise
             except RayTaskError as error:
