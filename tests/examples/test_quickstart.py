@@ -16,9 +16,10 @@ WORKERS = "scale.workers=2"
 pytestmark = pytest.mark.smollm2
 
 
+@pytest.mark.timeout(1200)
 def test_a_third_of_it_beats_the_base(ray_cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RECIPE.parents[2])
-    fewer = ["train.max_steps=27", "evaluate.limit=24"]
+    fewer = ["train.max_steps=27", "evaluate.limit=16"]
     result = fit(RECIPE, [f"storage={tmp_path}", WORKERS, *fewer, "evaluate.metrics=[]", "evaluate.samples=0"])
     measured = score(result.path, [WORKERS, "evaluate.metrics=[exact_match]", *fewer[1:]])
     assert measured.base is not None and measured.tuned is not None

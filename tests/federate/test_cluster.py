@@ -160,7 +160,7 @@ def test_a_killed_driver(recipe: Recipes, ray_cluster: str, tmp_path: Path, monk
     fault = {"train.loss_function": f"{faults.__file__}:paced", "scale.env": ["RAYFT_TEST_FAULT"], "scale.workers": 2}
     calm = run(recipe(name="calm", federate=FEDERATE, **OPTIONS | fault), quiet=True)
     plain = recipe(name="killed", federate=FEDERATE, **OPTIONS | fault)
-    (tmp_path / "pace").write_text("0.2")
+    (tmp_path / "pace").write_text("0.1")
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(plain))
     folder = Path(plain["storage"], "killed")
@@ -171,7 +171,7 @@ def test_a_killed_driver(recipe: Recipes, ray_cluster: str, tmp_path: Path, monk
     while not (folder / "rounds" / "2" / ".complete").is_file():
         assert process.poll() is None and time.monotonic() < end, (tmp_path / "driver.log").read_text()
         time.sleep(0.05)
-    time.sleep(0.6)
+    time.sleep(0.3)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (folder / "rounds" / "4" / ".complete").is_file() and RunFolder.open(folder).state == "running"

@@ -86,7 +86,7 @@ def test_nf4_evaluating_in_between_changes_nothing(recipe: Recipes) -> None:
     assert sum("validation_loss" in row for row in rows) == 10
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "zero2"])
 def test_nf4_on_two_workers(faulty: Callable[..., Any], ray_cluster: str, strategy: str) -> None:
     """The curve of one worker, also where it is interrupted and resumed half-way."""
     nf4 = {"model.quantization": "nf4"}

@@ -130,6 +130,7 @@ def test_a_killed_driver_and_resume(recipe: Recipes, ray_cluster: str, tmp_path:
     same_curves(again.rows, calm.rows)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_goes_on(recipe: Recipes, ray_cluster: str, tmp_path: Path) -> None:
     plain = sweep(recipe, "stopped", {"train.max_steps": 60}, num_samples=4)
     run = Path(plain["storage"], "stopped")
