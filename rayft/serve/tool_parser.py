@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayft.serve.job import ToolCall
+from rayft.serve.tool_markup import typed
 from rayft.serve.tool_style import ToolStyle
 
 _ALPHABET = string.ascii_letters + string.digits
@@ -27,10 +28,12 @@ class ToolParser:
     def __init__(self, style: ToolStyle, tools: Sequence[Mapping[str, Any]]) -> None:
         """tools: OpenAI's."""
         self.style = style
-        self._names = frozenset(tool["function"]["name"] for tool in tools)
+        self._parameters: dict[str, Mapping[str, Any]] = {
+            tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools
+        }
         self._held = ""
-        self._value: _JsonEnd | None = None
-        """The JSON of the call that has begun."""
+        self._value: _JsonEnd | _MarkEnd | None = None
+        """The JSON or markup of the call that has begun."""
         self._fresh = True
         """Nothing but blanks and calls came so far: a call may begin without its mark."""
         self._called = False
@@ -59,17 +62,20 @@ class ToolParser:
     def _in_call(self, content: list[str], calls: list[ToolCall], final: bool) -> bool:
         """Whether there is more to do; so does `_outside`."""
         assert self._value is not None
-        end = self._value.find(self._held)
+        value, end = self._value, self._value.find(self._held)
         if end is None and not final:
             return False
-        start = self._value.start
-        found = self._calls(self._held[start:end]) if end is not None else []
+        start = value.start
+        if isinstance(value, _MarkEnd):
+            found = self._marked(self._held[start:end], whole=end is not None)
+        else:
+            found = self._calls(self._held[start:end]) if end is not None else []
         self._value = None
         if not found:  # the bracket was one like others, and a call may stand behind it
             self._give(content, start + 1)
             return True
         calls.extend(found)
-        self._held = self._held[end:]
+        self._held = "" if end is None else self._held[end:]
         self._called, self._closing = True, bool(self.style.end)
         return True
 
@@ -90,7 +96,7 @@ class ToolParser:
                 if len(rest) < len(mark) and not final:
                     return False
             elif rest[0] in "{[":
-                return self._begin(len(self._held) - len(rest))
+                return self._begin(_JsonEnd(len(self._held) - len(rest)))
         at = self._held.find(mark) if mark else -1
         if at < 0:
             kept = 0 if final or not mark else _overlap(self._held, mark)
@@ -104,12 +110,18 @@ class ToolParser:
         if not inside and not final:
             return False
         if inside[:1] in ("{", "["):
-            return self._begin(len(self._held) - len(inside))
+            return self._begin(_JsonEnd(len(self._held) - len(inside)))
+        if self.style.markup is not None:
+            opening = self.style.markup.opening
+            if inside.startswith(opening):
+                return self._begin(_MarkEnd(len(self._held) - len(inside), self.style.end))
+            if opening.startswith(inside) and not final:
+                return False
         self._give(content, at + len(mark))
         return True
 
-    def _begin(self, start: int) -> bool:
-        self._value = _JsonEnd(start)
+    def _begin(self, value: _JsonEnd | _MarkEnd) -> bool:
+        self._value = value
         return True
 
     def _give(self, content: list[str], count: int, keep_blanks: bool = False) -> None:
@@ -131,6 +143,22 @@ class ToolParser:
         found = [self._call(item) for item in (value if isinstance(value, list) else [value])]
         return [] if None in found else [call for call in found if call is not None]
 
+    def _marked(self, text: str, whole: bool) -> list[ToolCall]:
+        """Those that are written as markup; of an answer that ends before its mark does, only where each is closed."""
+        markup = self.style.markup
+        if markup is None or not (whole or markup.closing):
+            return []
+        calls = []
+        for name, written in markup.calls(text):
+            if name not in self._parameters:
+                return []
+            root = self._parameters[name]
+            schemas = root.get("properties")
+            schemas = schemas if isinstance(schemas, Mapping) else {}
+            arguments = {key: typed(value, schemas.get(key), root) for key, value in written.items()}
+            calls.append(ToolCall(call_id(), name, json.dumps(arguments, ensure_ascii=False)))
+        return calls
+
     def _call(self, value: Any) -> ToolCall | None:
         if not isinstance(value, dict):
             return None
@@ -144,7 +172,7 @@ class ToolParser:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
                 return None
-        if not names or not isinstance(names[0], str) or names[0] not in self._names:
+        if not names or not isinstance(names[0], str) or names[0] not in self._parameters:
             return None
         if not isinstance(arguments, dict):
             return None
@@ -187,3 +215,17 @@ class _JsonEnd:
                     return at + 1
         self._at = len(text)
         return None
+
+
+class _MarkEnd:
+    """Where the markup that begins at ``start`` meets the mark at the end of a call; reads each character once."""
+
+    def __init__(self, start: int, mark: str) -> None:
+        self.start = self._at = start
+        self._mark = mark
+
+    def find(self, text: str) -> int | None:
+        """As `_JsonEnd.find`."""
+        end = text.find(self._mark, self._at)
+        self._at = max(self.start, len(text) - len(self._mark) + 1)
+        return end if end >= 0 else None

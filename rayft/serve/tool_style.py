@@ -2,7 +2,8 @@
 
 No template is read: it is run on a call with words that occur nowhere else, and what stands around them is the style.
 Known to work for Hermes and Qwen (`<tool_call>{...}</tool_call>`), Llama 3 (a JSON object with `parameters`), Mistral
-(`[TOOL_CALLS] [...]`) and what resembles them. Anything else gets the plain form: see `rayft.serve.plain_tools`.
+(`[TOOL_CALLS] [...]`), the markup of `rayft.serve.tool_markup` and what resembles them. Anything else gets the plain
+form: see `rayft.serve.plain_tools`.
 """
 
 from __future__ import annotations
@@ -15,22 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from rayft.serve.tool_markup import KEYS, VALUES, Markup, learnt
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What the code of a template raises on a conversation that it was not written for, or when it leaves its sandbox."""
 
-_NAME, _KEY, _VALUE, _RESULT = "rayftfunction", "rayftkey", "rayftvalue", "rayftresult"
+_NAME, _RESULT = "rayftfunction", "rayftresult"
+_ARGUMENTS = dict(zip(KEYS, VALUES, strict=True))
 _TOOL = {
     "type": "function",
     "function": {
         "name": _NAME,
         "description": "A function.",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string", "description": "A text."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {key: {"type": "string", "description": "A text."} for key in KEYS},
+        },
     },
 }
-_CALL = {"id": "rayft0000", "type": "function", "function": {"name": _NAME, "arguments": {_KEY: _VALUE}}}
+_CALL = {"id": "rayft0000", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
 _QUESTION = {"role": "user", "content": "question"}
 _ANSWER = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _OUTCOME = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_call_id": "rayft0000"}
@@ -38,7 +45,7 @@ _OUTCOME = {"role": "tool", "content": _RESULT, "name": _NAME, "tool_call_id": "
 
 @dataclass(frozen=True)
 class ToolStyle:
-    """What a model writes: ``begin``, ``lead``, a JSON object, ``tail``, ``end``."""
+    """What a model writes: ``begin``, ``lead``, a JSON object or markup, ``tail``, ``end``."""
 
     begin: str = ""
     """`<tool_call>`; empty = the answer is the call from its first character on."""
@@ -49,6 +56,8 @@ class ToolStyle:
     name: str = "name"
     """Key of the function's name."""
     arguments: str = "arguments"
+    markup: Markup | None = None
+    """None = JSON."""
     listed: bool = False
     """Whether all calls of an answer stand in one JSON list."""
     begin_id: int | None = None
@@ -78,18 +87,28 @@ def tool_style(tokenizer: PreTrainedTokenizerBase) -> ToolStyle:
     whole = called.startswith(prompted)
     turn = called[len(prompted) :] if whole else called
     found = _object(turn)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if found is None:
-        return PLAIN
+        return _markup(turn, special)
     start, end, name, arguments = found
     before, after = turn[:start], turn[end:]
     listed = before.rstrip().endswith("[") and after.lstrip().startswith("]")
     if listed:
         before, after = before.rstrip()[:-1], after.lstrip()[1:]
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     begin, lead = _begin(before, whole)
     tail, closing = _end(after, special)
     begin_id = tokenizer.convert_tokens_to_ids(begin) if begin in special else None
-    return ToolStyle(begin, closing, lead, tail, name, arguments, listed, begin_id, native=True)
+    return ToolStyle(begin, closing, lead, tail, name, arguments, None, listed, begin_id, native=True)
+
+
+def _markup(turn: str, special: set[str]) -> ToolStyle:
+    """`PLAIN` where the call is no markup, or has special tokens in it, which the text of an answer leaves out."""
+    before, _, after = turn.rpartition(_NAME)
+    found = learnt(before, _until(after, special))
+    if found is None or found[0] in special:
+        return PLAIN
+    begin, lead, markup, end = found
+    return ToolStyle(begin, end, lead, markup=markup, native=True)
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], prompt: bool) -> str | None:
@@ -111,7 +130,7 @@ def _object(turn: str) -> tuple[int, int, str, str] | None:
         except ValueError:
             continue
         names = [key for key, item in value.items() if item == _NAME]
-        arguments = [key for key, item in value.items() if item in ({_KEY: _VALUE}, json.dumps({_KEY: _VALUE}))]
+        arguments = [key for key, item in value.items() if item in (_ARGUMENTS, json.dumps(_ARGUMENTS))]
         if names and arguments:
             return match.start(), end, names[0], arguments[0]
     return None
@@ -129,6 +148,10 @@ def _begin(before: str, whole: bool) -> tuple[str, str]:
 
 def _end(after: str, special: set[str]) -> tuple[str, str]:
     """(blanks after the JSON, what closes the call)."""
-    cut = min((at for at in map(after.find, special) if at >= 0), default=len(after))
-    closing = after[:cut].strip()
+    closing = _until(after, special).strip()
     return (after[: len(after) - len(after.lstrip())], closing) if closing else ("", "")
+
+
+def _until(text: str, special: set[str]) -> str:
+    """The text before the first special token."""
+    return text[: min((at for at in map(text.find, special) if at >= 0), default=len(text))]

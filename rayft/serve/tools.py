@@ -9,8 +9,10 @@ from typing import Any
 
 from rayft.errors import UsageError
 from rayft.inference.grammar import Grammar
+from rayft.inference.grammar_limits import LONGEST_PATTERN, refused
 from rayft.inference.grammar_text import JSON
 from rayft.serve.job import Conversation
+from rayft.serve.tool_markup import Markup
 from rayft.serve.tool_style import ToolStyle
 
 MOST_CALLS = 16
@@ -60,11 +62,52 @@ def forced_call(style: ToolStyle, tools: Sequence[Tool], choice: str) -> Grammar
         rules = [f"start: one{again}", f"one: {opening} call {closing}"]
     rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
     for index, function in enumerate(functions):
+        parameters = function.get("parameters") or NO_PARAMETERS
+        if style.markup is not None:
+            rules += _marked(style.markup, style.end, f"{index}", function["name"], parameters)
+            continue
         head = f"{{{json.dumps(style.name)}: {json.dumps(function['name'])}, {json.dumps(style.arguments)}: "
-        schema = {**(function.get("parameters") or NO_PARAMETERS), "x-guidance": JSON}
         rules.append(f"call_{index}: {_text(head)} arguments_{index} {_text('}')}")
-        rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
+        rules.append(f"arguments_{index}: {_json(parameters)}")
     return Grammar("lark", "\n".join(rules))
+
+
+def _marked(markup: Markup, end: str, index: str, name: str, parameters: Mapping[str, Any]) -> list[str]:
+    """The rules of one call that is written as markup: its arguments in the order of the schema, texts as they are."""
+    properties = parameters.get("properties") or {}
+    required = parameters.get("required") or ()
+    shared = {key: value for key, value in parameters.items() if key in ("$defs", "definitions")}
+    rules, parts = [], []
+    for number, (key, schema) in enumerate(properties.items()):
+        rule = f"argument_{index}_{number}"
+        parts.append(rule if key in required else f"{rule}?")
+        if isinstance(schema, Mapping) and schema.get("type") == "string":
+            value = f"TEXT_{index}_{number}"
+            rules.append(f"{value}: {_plain_text(name, key, schema, (markup.ended.strip(), end))}")
+        else:
+            value = f"value_{index}_{number}"
+            rules.append(f"{value}: {_json({**schema, **shared} if isinstance(schema, Mapping) else {})}")
+        rules.append(f"{rule}: {_text(f'{markup.key}{key}{markup.value}')} {value} {_text(markup.ended)}")
+    head, tail = _text(f"{markup.opening}{name}{markup.named}"), _text(markup.closing)
+    return [f"call_{index}: {' '.join([head, *parts, tail])}", *rules]
+
+
+def _plain_text(name: str, key: str, schema: Mapping[str, Any], marks: Sequence[str]) -> str:
+    """A text that does not end its own argument. Raises UsageError R817 for what cannot be enforced in it."""
+    if "const" in schema or "enum" in schema:
+        choices = [schema["const"]] if "const" in schema else schema["enum"]
+        return " | ".join(_text(str(choice)) for choice in choices)
+    least, most = schema.get("minLength", 0), schema.get("maxLength", "")
+    if (unknown := sorted(schema.keys() & {"pattern", "format"})) or max(least, most or 0) > LONGEST_PATTERN:
+        reason = f"{unknown[0]} of {key}" if unknown else f"more than {LONGEST_PATTERN} characters of {key}"
+        hint = "its template writes texts without quotes; say what is wanted in the description"
+        raise refused("tools", f"a forced call of {name} cannot keep to {reason}", hint)
+    outside = " ".join(f"& ~/(?s:.*){re.escape(mark).replace('/', chr(92) + '/')}(?s:.*)/" for mark in marks)
+    return f"/(?s:.{{{least},{most}}})/ {outside}"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON})}"
 
 
 def _text(text: str) -> str:

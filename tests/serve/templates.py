@@ -70,6 +70,42 @@ MISTRAL = """{%- for message in messages %}
 {%- endif %}
 {%- endfor %}"""
 
+MARKED = HERMES.replace(
+    """<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>""",
+    "CALL",
+)
+assert MARKED != HERMES
+_VALUE = "{{ value if value is string else value | tojson }}"
+CODER = MARKED.replace(
+    "CALL",
+    f"""<tool_call>
+<function={{{{ call.function.name }}}}>
+{{% for key, value in call.function.arguments.items() %}}<parameter={{{{ key }}}}>
+{_VALUE}
+</parameter>
+{{% endfor %}}</function>
+</tool_call>""",
+)
+"""Qwen3-Coder."""
+GLM = MARKED.replace(
+    "CALL",
+    f"""<tool_call>{{{{ call.function.name }}}}
+{{% for key, value in call.function.arguments.items() %}}<arg_key>{{{{ key }}}}</arg_key>
+<arg_value>{_VALUE}</arg_value>
+{{% endfor %}}</tool_call>""",
+)
+INVOKE = MARKED.replace(
+    "CALL",
+    f"""<tools:call>
+<invoke name="{{{{ call.function.name }}}}">
+{{% for key, value in call.function.arguments.items() %}}<parameter name="{{{{ key }}}}">{_VALUE}</parameter>
+{{% endfor %}}</invoke>
+</tools:call>""",
+)
+"""MiniMax-M2."""
+
 
 def tokenizer_with(template: str | None = CHATML, special: tuple[str, ...] = ()) -> Any:
     """The tests' tokenizer with another chat template, and more special tokens."""

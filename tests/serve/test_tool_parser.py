@@ -12,14 +12,20 @@ from hypothesis import strategies as st
 from rayft.serve.tool_parser import ToolParser
 from rayft.serve.tool_style import PLAIN, ToolStyle
 from tests.serve.templates import CLOCK, WEATHER
+from tests.serve.test_tools import CODER_MARKUP, GLM_MARKUP
 
 HERMES = ToolStyle("<tool_call>", "</tool_call>", "\n", "\n")
 MISTRAL = ToolStyle("[TOOL_CALLS]", lead=" ", listed=True)
+CODER = ToolStyle("<tool_call>", "</tool_call>", "\n", markup=CODER_MARKUP)
+GLM = ToolStyle("<tool_call>", "</tool_call>", markup=GLM_MARKUP)
 SPECIAL = ToolStyle("[TOOL_CALLS]", lead=" ", listed=True, begin_id=7)
 LLAMA = ToolStyle(arguments="parameters")
 PARIS = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
 AS_TEXT = json.dumps({"name": "get_weather", "parameters": '{"city": "Paris"}'})
 NOW = '{"name": "clock", "arguments": {}}'
+
+CODED = "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>"
+TICK = "<function=clock>\n</function>"
 
 Outcome = tuple[str, list[tuple[str, Any]]]
 
@@ -32,6 +38,7 @@ def parsed(style: ToolStyle, pieces: list[str]) -> Outcome:
 
 
 weather, clock = ("get_weather", {"city": "Paris"}), ("clock", {})
+three_days = ("get_weather", {"city": "Paris", "days": 3})
 
 
 @pytest.mark.parametrize(
@@ -71,11 +78,23 @@ weather, clock = ("get_weather", {"city": "Paris"}), ("clock", {})
             '{"name": "get_weather", "arguments": {"city": "a } \\" {"}}',
             ("", [(weather[0], {"city": 'a } " {'})]),
         ),
+        (CODER, f"Well.\n<tool_call>\n{CODED}\n</tool_call>", ("Well.\n", [three_days])),
+        (CODER, f"<tool_call>{CODED}{TICK}</tool_call>\n<tool_call>\n{TICK}", ("", [three_days, clock, clock])),
+        (CODER, f"<tool_call>\n{PARIS}\n</tool_call>", ("", [weather])),
+        (CODER, f"<tool_call>\n{CODED[:-12]}", (f"<tool_call>\n{CODED[:-12]}", [])),
+        (CODER, "<tool_call>\n<function=rm>\n</function>\n</tool_call>",
+         ("<tool_call>\n<function=rm>\n</function>\n</tool_call>", [])),
+        (CODER, f"<tool_call> is a mark <tool_call>{TICK}</tool_call>", ("<tool_call> is a mark ", [clock])),
+        (GLM, "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>",
+         ("", [weather])),
+        (GLM, "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n",
+         ("<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n", [])),
+        (GLM, "<tool_call>clock\n</tool_call> and", (" and", [clock])),
         (PLAIN, "  ", ("  ", [])),
         (PLAIN, f"{NOW}\n", ("", [clock])),
         (PLAIN, f"{NOW}; and", ("; and", [clock])),
     ],
-)
+)  # fmt: skip
 def test_content_and_calls(style: ToolStyle, text: str, expected: Outcome) -> None:
     assert parsed(style, [text]) == expected
     assert parsed(style, list(text)) == expected
@@ -87,6 +106,9 @@ FRAGMENTS = st.sampled_from(
         NOW,
         "<tool_call>",
         "</tool_call>",
+        CODED,
+        "<function=",
+        "</function>",
         "[TOOL_CALLS]",
         "[",
         "]",
@@ -104,7 +126,11 @@ FRAGMENTS = st.sampled_from(
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(style=st.sampled_from([HERMES, LLAMA, MISTRAL, SPECIAL]), parts=st.lists(FRAGMENTS, max_size=12), data=st.data())
+@given(
+    style=st.sampled_from([HERMES, LLAMA, MISTRAL, SPECIAL, CODER, GLM]),
+    parts=st.lists(FRAGMENTS, max_size=12),
+    data=st.data(),
+)
 def test_pieces_do_not_matter_and_nothing_is_lost(style: ToolStyle, parts: list[str], data: st.DataObject) -> None:
     text = "".join(parts)
     content, calls = parsed(style, [text])
@@ -114,7 +140,7 @@ def test_pieces_do_not_matter_and_nothing_is_lost(style: ToolStyle, parts: list[
     if not calls:
         assert content == text
     dropped = len(text) - len(content)
-    assert dropped <= len(calls) * (len(PARIS) + 40) + text.count(" ") + text.count("\n") + text.count(",;")
+    assert dropped <= len(calls) * (len(CODED) + 40) + text.count(" ") + text.count("\n") + text.count(",;")
 
 
 def test_content_is_not_held_back() -> None:

@@ -12,13 +12,18 @@ from rayft.errors import UsageError
 from rayft.inference.guide import Guides
 from rayft.serve.job import Conversation
 from rayft.serve.render import Renderer
+from rayft.serve.tool_markup import Markup
 from rayft.serve.tool_style import PLAIN, ToolStyle, tool_style
 from tests.conftest import CHATML
 from tests.inference.test_guide import walk
-from tests.serve.templates import CLOCK, HERMES, LLAMA, WEATHER, mistral, tokenizer_with
+from tests.serve.templates import CLOCK, CODER, GLM, HERMES, INVOKE, LLAMA, WEATHER, mistral, tokenizer_with
 
 ASKED = {"role": "user", "content": "What is the weather in Paris?"}
 THINKING = HERMES.replace("{% generation %}", "{% generation %}<think>\n\n</think>\n\n")
+TEMPLATES = {"chatml": CHATML, "hermes": HERMES, "llama": LLAMA, "coder": CODER, "glm": GLM, "invoke": INVOKE}
+CODER_MARKUP = Markup("<function=", ">\n", "<parameter=", ">\n", "\n</parameter>\n", "</function>\n")
+GLM_MARKUP = Markup("", "\n", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n", "")
+INVOKE_MARKUP = Markup('<invoke name="', '">\n', '<parameter name="', '">', "</parameter>\n", "</invoke>\n")
 FORGETFUL = HERMES.replace("message.tool_calls or []", "[]")
 
 
@@ -30,6 +35,50 @@ def test_the_style_is_what_the_template_writes() -> None:
     tokenizer = mistral()
     id = tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
     assert tool_style(tokenizer) == ToolStyle("[TOOL_CALLS]", lead=" ", listed=True, begin_id=id, native=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "begin", "lead", "markup", "end"),
+    [
+        (CODER, "<tool_call>", "\n", CODER_MARKUP, "</tool_call>"),
+        (CODER.replace("{% generation %}", "{% generation %}<think>\n\n</think>\n\n"),
+         "<tool_call>", "\n", CODER_MARKUP, "</tool_call>"),
+        (GLM, "<tool_call>", "", GLM_MARKUP, "</tool_call>"),
+        (INVOKE, "<tools:call>", "\n", INVOKE_MARKUP, "</tools:call>"),
+    ],
+)  # fmt: skip
+def test_markup_is_learnt(template: str, begin: str, lead: str, markup: Markup, end: str) -> None:
+    assert tool_style(tokenizer_with(template)) == ToolStyle(begin, end, lead, markup=markup, native=True)
+
+
+@pytest.mark.parametrize("template", [CODER, GLM, INVOKE])
+def test_what_the_template_writes_is_read_again(template: str) -> None:
+    """Texts with blanks, quotes and brackets of their own, and values of every type."""
+    arguments = {
+        "a": ' two\nlines {"x": <b>}\n',
+        "b": 3,
+        "c": -0.5,
+        "d": True,
+        "e": None,
+        "f": ["x", {"y": 1}],
+        "g": "7",
+    }
+    parameters = {"type": "object", "properties": {key: {} for key in arguments} | {"g": {"type": "string"}}}
+    parameters["properties"]["a"] = {"type": "string"}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    calls = [{"type": "function", "function": {"name": "f", "arguments": given}} for given in (arguments, {})]
+    renderer = Renderer(tokenizer_with(template))
+    talk = Conversation((ASKED, {"role": "assistant", "content": "Well.", "tool_calls": calls}), tools=(tool,),
+                        add_generation_prompt=False)  # fmt: skip
+    prompt = renderer.text(Conversation((ASKED,), tools=(tool,)))
+    answer = renderer.text(talk).removeprefix(prompt).partition("<|im_end|>")[0]
+    for pieces in ([answer], list(answer)):
+        parser = renderer.parser(talk)
+        assert parser is not None
+        results = [*(parser.push(piece) for piece in pieces), parser.finish()]
+        assert "".join(content for content, _ in results).strip() == "Well."
+        found = [(call.name, json.loads(call.arguments)) for _, calls in results for call in calls]
+        assert found == [("f", arguments), ("f", {})]
 
 
 @pytest.mark.parametrize("template", [None, CHATML, FORGETFUL, "{{ raise_exception('no') }}", "{% broken"])
@@ -49,11 +98,9 @@ def forced(tokenizer: Any, seed: int, choice: str) -> tuple[str, list[tuple[str,
     return content + rest, [(call.name, json.loads(call.arguments)) for call in (*calls, *more)]
 
 
-@pytest.mark.parametrize("style", ["chatml", "hermes", "llama", "mistral"])
+@pytest.mark.parametrize("style", [*TEMPLATES, "mistral"])
 def test_a_forced_call_is_a_valid_one(style: str) -> None:
-    tokenizer = (
-        mistral() if style == "mistral" else tokenizer_with({"hermes": HERMES, "llama": LLAMA}.get(style, CHATML))
-    )
+    tokenizer = mistral() if style == "mistral" else tokenizer_with(TEMPLATES[style])
     names, counts = set(), set()
     for seed in range(8):
         content, calls = forced(tokenizer, seed, "required")
@@ -66,7 +113,7 @@ def test_a_forced_call_is_a_valid_one(style: str) -> None:
         content, ((name, _),) = forced(tokenizer, seed, "function:clock")
         assert (content, name) == ("", "clock")
     assert names == {"get_weather", "clock"}
-    assert (max(counts) > 1) == (style in ("hermes", "mistral"))
+    assert (max(counts) > 1) == (style not in ("chatml", "llama"))
 
 
 def test_a_call_is_forced_only_where_it_is_asked_for() -> None:
@@ -85,3 +132,11 @@ def test_parameters_that_cannot_be_enforced_are_refused() -> None:
         assert grammar is not None
         with pytest.raises(UsageError, match="R817"):
             Guides(len(tokenizer)).guide(grammar, tokenizer, {2})
+
+
+def test_a_text_that_markup_cannot_hold_to_a_pattern_is_refused() -> None:
+    for schema in ({"type": "string", "pattern": "^a"}, {"type": "string", "maxLength": 10**6}):
+        parameters = {"type": "object", "properties": {"a": schema}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        with pytest.raises(UsageError, match="R817"):
+            Renderer(tokenizer_with(CODER)).forced_call(Conversation((ASKED,), tools=(tool,), tool_choice="required"))
