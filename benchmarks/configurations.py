@@ -93,11 +93,13 @@ class Bench:
         return [settings | {"recipe": recipe, "gated": False} for recipe in self.everything()]
 
     def sweep_recipe(self, name: str, **tune: Any) -> dict[str, Any]:
-        """For rayft: two lanes, the same configurations."""
+        """For rayft: two lanes, the same configurations, and a thread each: the cluster counts more cores than there
+        are."""
         space = {path: {"choice": _distinct(one[path] for one in CONFIGURATIONS)} for path in CONFIGURATIONS[0]}
         shape = {"execution": "pack", "lanes": CORES, "pack_size": len(CONFIGURATIONS) // CORES}
         points = {"space": space, "points_to_evaluate": CONFIGURATIONS, "num_samples": len(CONFIGURATIONS)}
-        return self.shared() | {"name": name, "tune": {**points, **shape, **tune}}
+        scale = {"device": "cpu", "cpus_per_worker": 1}
+        return self.shared() | {"name": name, "scale": scale, "tune": {**points, **shape, **tune}}
 
     def speed(self, seconds: Sequence[float]) -> float:
         """Tokens per second of all adapters together, of the median step."""
