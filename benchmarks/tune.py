@@ -144,7 +144,7 @@ def early_stopping_claims(folder: Path, base: str) -> None:
     bench = Bench(folder, base, batch=1, length=64, steps=120, validation=32)
     stops = {"scheduler": "asha", "scheduler_args": {"grace_period": 10, "reduction_factor": 3}}
     recipe = bench.sweep_recipe("asha", **stops)
-    recipe["train"]["eval_steps"] = 10
+    recipe["train"]["eval_steps"] = bench.steps  # like the peer at the end; lanes evaluate at the rungs anyway
     found, results = [], []
     ours = _seconds(lambda: found.append(search(recipe)))
     peer = _seconds(lambda: results.extend(sweep(bench.trials(), str(folder / "tune"), CORES)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def typed(text: str, schema: Any, root: Schema) -> Any:
 
 
 def _kinds(schema: Any, root: Schema, depth: int = 8) -> set[str]:
-    """The types that a schema allows; empty = any, as far as one can see."""
+    """The types that a schema allows; empty = any, as far as one can see. What is no schema allows any."""
     if not isinstance(schema, Mapping) or not depth:
         return set()
     if isinstance(reference := schema.get("$ref"), str):
@@ -111,10 +111,10 @@ def _kinds(schema: Any, root: Schema, depth: int = 8) -> set[str]:
         for part in reference.removeprefix("#").strip("/").split("/"):
             target = target.get(part) if isinstance(target, Mapping) else None
         return _kinds(target, root, depth - 1)
-    if named := schema.get("type"):
-        return {named} if isinstance(named, str) else set(named)
-    branches: Sequence[Any] = schema.get("anyOf") or schema.get("oneOf") or ()
-    found = [_kinds(branch, root, depth - 1) for branch in branches]
+    named, branches = schema.get("type"), schema.get("anyOf", schema.get("oneOf"))
+    if named is not None:
+        return {kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)}
+    found = [_kinds(branch, root, depth - 1) for branch in branches] if isinstance(branches, list) else []
     return set().union(*found) if all(found) else set()
 
 

@@ -64,7 +64,10 @@ def forced_call(style: ToolStyle, tools: Sequence[Tool], choice: str) -> Grammar
     for index, function in enumerate(functions):
         parameters = function.get("parameters") or NO_PARAMETERS
         if style.markup is not None:
-            rules += _marked(style.markup, style.end, f"{index}", function["name"], parameters)
+            try:
+                rules += _marked(style.markup, style.end, f"{index}", function["name"], parameters)
+            except (TypeError, AttributeError, ValueError) as error:  # what is no schema can have any form
+                raise refused("tools", f"the parameters of {function['name']} are no JSON schema: {error}") from error
             continue
         head = f"{{{json.dumps(style.name)}: {json.dumps(function['name'])}, {json.dumps(style.arguments)}: "
         rules.append(f"call_{index}: {_text(head)} arguments_{index} {_text('}')}")

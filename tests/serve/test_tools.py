@@ -12,7 +12,7 @@ from rayft.errors import UsageError
 from rayft.inference.guide import Guides
 from rayft.serve.job import Conversation
 from rayft.serve.render import Renderer
-from rayft.serve.tool_markup import Markup
+from rayft.serve.tool_markup import Markup, typed
 from rayft.serve.tool_style import PLAIN, ToolStyle, tool_style
 from tests.conftest import CHATML
 from tests.inference.test_guide import walk
@@ -134,9 +134,42 @@ def test_parameters_that_cannot_be_enforced_are_refused() -> None:
             Guides(len(tokenizer)).guide(grammar, tokenizer, {2})
 
 
-def test_a_text_that_markup_cannot_hold_to_a_pattern_is_refused() -> None:
-    for schema in ({"type": "string", "pattern": "^a"}, {"type": "string", "maxLength": 10**6}):
-        parameters = {"type": "object", "properties": {"a": schema}}
+def test_what_markup_cannot_keep_to_is_refused() -> None:
+    for properties in (
+        {"a": {"type": "string", "pattern": "^a"}},
+        {"a": {"type": "string", "maxLength": 10**6}},
+        {"a": {"type": "string", "minLength": "x"}},
+        {"a": {"type": "string", "enum": 5}},
+        ["a"],
+    ):
+        parameters = {"type": "object", "properties": properties}
         tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
         with pytest.raises(UsageError, match="R817"):
             Renderer(tokenizer_with(CODER)).forced_call(Conversation((ASKED,), tools=(tool,), tool_choice="required"))
+
+
+@pytest.mark.parametrize(
+    ("text", "schema", "value"),
+    [
+        ("3", {"type": "integer"}, 3),
+        ("3", {"type": "string"}, "3"),
+        ("3", {"type": "number"}, 3),
+        ("3", {"type": ["string", "null"]}, "3"),
+        ("null", {"type": ["string", "null"]}, None),
+        ("None", {"anyOf": [{"type": "string"}, {"type": "null"}]}, None),
+        ("True", {"type": "boolean"}, True),
+        ("Paris", {"anyOf": [{"type": "integer"}, {"type": "string"}]}, "Paris"),
+        ("4", {"$ref": "#/$defs/days"}, 4),
+        ("[1, 2]", {"type": "array"}, [1, 2]),
+        ("[1, 2", {"type": "array"}, "[1, 2"),
+        ("NaN", {"type": "number"}, "NaN"),
+        ('{"a": 1}', None, {"a": 1}),
+        ("5", {"type": 5}, 5),
+        ("5", {"anyOf": 5}, 5),
+        ("5", {"$ref": "#/nowhere"}, 5),
+        ("5", {"type": [{}, "string"]}, "5"),
+    ],
+)
+def test_a_value_has_the_type_of_its_schema(text: str, schema: Any, value: Any) -> None:
+    found = typed(text, schema, {"$defs": {"days": {"type": "integer"}}})
+    assert found == value and type(found) is type(value)
