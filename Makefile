@@ -16,7 +16,7 @@ IN_TWO := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 help:
 	@echo "make quickstart  train and score a tool-calling adapter on the demo model (under 10 minutes on 2 cores)"
-	@echo "make test        lint, types, import contracts and every test that is not slow (about 33 minutes on 2 cores)"
+	@echo "make test        lint, types, import contracts and every test that is not slow (about 34 minutes on 2 cores)"
 	@echo "make test-fast   without Ray and without the demo model (under 3 minutes)"
 	@echo "make test-slow   the full sizes; records the outcome in tests/slow.json"
 	@echo "make demo-kill   kill -9 a worker and the driver of a run, and compare its curve with an undisturbed one"
